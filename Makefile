@@ -1,0 +1,50 @@
+# `make` lists the targets. All of them make the virtual environment they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+PORT ?= 5000
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick lint format ui clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make the virtual environment with the tested versions (VENV=.venv PYTHON=python3)
+
+demo: $(READY)  ## run the whole experiment on synthetic data: minutes on two CPU cores (OUT=runs/demo)
+	$(BIN)/svip pipeline run experiment --preset smoke --out "$(OUT)"
+
+test: $(READY)  ## run every test that this machine can run; the others say why they skip
+	$(BIN)/python -m pytest
+
+test-quick: $(READY)  ## run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow and not docker"
+
+lint: $(READY)  ## check style, imports and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(READY)  ## show the tracked runs at http://127.0.0.1:5000 (PORT=5000)
+	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --port $(PORT)
+
+clean:  ## remove the virtual environment and caches; results (runs, mlflow.db, mlruns) stay
+	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "svip needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	         "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv "$(VENV)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Pipelines: chains of components, and how to compile and run them."""

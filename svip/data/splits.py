@@ -1,0 +1,278 @@
+"""From xlsa17's Proposed Split to one table of images with their roles.
+
+xlsa17 (Xian et al.) lists the images of a data set in res101.mat and parts them by 1-based index in att_splits.mat.
+Only ``trainval_loc``, ``test_seen_loc`` and ``test_unseen_loc`` are used: version 1 of ``train_loc`` and ``val_loc``
+contains every test_seen image. Train and validation come from the class folds inside trainval_loc instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.io import loadmat
+
+from svip.config import DataConfig
+from svip.data.bundle import MISSING_NAMED, ROLES, DataError
+from svip.data.catalog import DatasetSpec
+
+FOLDS = (1, 2, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """What xlsa17 says about one data set: all its images and classes, whether the photos are there or not."""
+
+    images: pd.DataFrame
+    """One row an image in xlsa17's order: path (from the data set's folder on), class_id, part."""
+    class_names: list[str]
+    """In order of class_id, which is xlsa17's, not that of the data set's own class list."""
+    attributes: NDArray[np.float32]
+    """The class-attribute matrix [C, A]."""
+    attribute_names: list[str]
+    train_classes: dict[int, set[int]]
+    """Class ids of each fold's train classes."""
+    val_classes: dict[int, set[int]]
+    """Class ids of each fold's validation classes."""
+    leaked: int
+    """How many test_seen images train_loc and val_loc contain, and this listing's trainval part does not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Roles of the images that go into a bundle."""
+
+    images: pd.DataFrame
+    """path, class_id, role."""
+    classes: pd.DataFrame
+    """name, role, one float32 column an attribute; order = class_id."""
+    missing: list[str]
+    """Paths of needed photos that are not there."""
+    dropped_classes: list[str]
+    """Classes of this split that have no photo at all and were left out."""
+
+
+def read_listing(spec: DatasetSpec, folder: Path, attribute_file: Path) -> Listing:
+    """Read and check xlsa17's ``folder`` of one data set.
+
+    DataError when the catalog's counts, the order of classes, the disjointness of seen and unseen classes or of the
+    parts, or the range of the 1-based indices is not as it must be.
+    """
+    splits = _load(folder / "att_splits.mat", ["allclasses_names", "att", *_LOCS, "train_loc", "val_loc"])
+    listed = _load(folder / "res101.mat", ["image_files", "labels"])
+    names = _strings(splits["allclasses_names"])
+    _expect(folder / "att_splits.mat", "classes", len(set(names)), spec.classes)
+    _expect(folder / "att_splits.mat", "shape of att", splits["att"].shape, (spec.attributes, spec.classes))
+    attributes = np.ascontiguousarray(splits["att"].T, np.float32)  # [C, A]
+
+    paths = [relative_path(file, spec.folder) for file in _strings(listed["image_files"])]
+    _expect(folder / "res101.mat", "distinct image_files", len(set(paths)), spec.images)
+    class_ids = _zero_based(listed["labels"], spec.classes, f"{folder / 'res101.mat'}: labels")
+    _expect(folder / "res101.mat", "labels", len(class_ids), len(paths))
+    for path, class_id in zip(paths, class_ids, strict=True):
+        if _folder_class(path) != names[class_id]:
+            raise DataError(f"{folder / 'res101.mat'}: {path} is labelled {names[class_id]}, another class's folder")
+
+    where = folder / "att_splits.mat"
+    locs = {key: _zero_based(splits[key], len(paths), f"{where}: {key}") for key in _LOCS}
+    part = np.full(len(paths), "", object)
+    for key, loc in locs.items():
+        name = key.removesuffix("_loc")
+        _expect(where, f"distinct indices in {key}", len(np.unique(loc)), getattr(spec, name))
+        if (part[loc] != "").any():
+            raise DataError(f"{where}: {(part[loc] != '').sum()} images of {key} are in another part too")
+        part[loc] = name
+    leaking = np.union1d(*(_zero_based(splits[key], len(paths), f"{where}: {key}") for key in ("train_loc", "val_loc")))
+
+    train = {fold: _class_set(folder / f"trainclasses{fold}.txt", names) for fold in FOLDS}
+    val = {fold: _class_set(folder / f"valclasses{fold}.txt", names) for fold in FOLDS}
+    unseen = _class_set(folder / "testclasses.txt", names)
+    _expect(folder / "testclasses.txt", "classes", len(unseen), spec.unseen_classes)
+    seen = set(range(len(names))) - unseen
+    for fold in FOLDS:
+        _expect(folder / f"valclasses{fold}.txt", "classes", len(val[fold]), spec.val_classes)
+        if train[fold] & val[fold] or train[fold] | val[fold] != seen:
+            raise DataError(f"{folder}: train and validation classes of fold {fold} don't part the seen classes")
+    for key, allowed in {"trainval_loc": seen, "test_seen_loc": seen, "test_unseen_loc": unseen}.items():
+        if set(class_ids[locs[key]].tolist()) != allowed:
+            raise DataError(f"{where}: the classes of {key} are not those that testclasses.txt leaves to it")
+
+    return Listing(
+        images=pd.DataFrame({"path": paths, "class_id": class_ids, "part": part.astype(str)}),
+        class_names=names,
+        attributes=attributes,
+        attribute_names=read_attribute_names(attribute_file, spec.attributes),
+        train_classes=train,
+        val_classes=val,
+        leaked=len(np.intersect1d(leaking, locs["test_seen_loc"])),
+    )
+
+
+def make_split(listing: Listing, data: DataConfig, present: NDArray[np.bool_]) -> Split:
+    """Give every image its role.
+
+    ``present`` [images of the listing]: whether its photo is there. Missing photos are a DataError that counts and
+    names them, unless data.allow_missing. Held-out images are drawn per class from those present, by data.seed.
+
+    standard: the fold's train classes give train and val_seen, its validation classes val_unseen; test as listed.
+    development: only trainval images. Validation classes play test_unseen; train classes that are validation classes
+    of the next fold play val_unseen; test_seen is held out of all train classes of the fold, val_seen of the rest.
+    """
+    development = data.split == "development"
+    train, val = listing.train_classes[data.fold], listing.val_classes[data.fold]
+    every = set(range(len(listing.class_names)))
+    if development:
+        next_val = listing.val_classes[data.fold % len(FOLDS) + 1]
+        class_sets = {"train": train - next_val, "val_unseen": train & next_val, "test_unseen": val}
+    else:
+        class_sets = {"train": train, "val_unseen": val, "test_unseen": every - train - val}
+    class_roles = {class_id: role for role, class_ids in class_sets.items() for class_id in class_ids}
+
+    part = listing.images["part"].to_numpy()
+    needed = part == "trainval" if development else np.ones(len(part), bool)
+    missing = listing.images["path"][needed & ~present].tolist()
+    if missing and not data.allow_missing:
+        raise DataError(_missing_message(missing, int(needed.sum())))
+    if not (needed & present).any():
+        raise DataError(f"none of the {needed.sum()} listed photos is there, such as {missing[0]}")
+    images = listing.images[needed & present].copy()
+    images["role"] = images["part"].where(images["part"] != "trainval", images["class_id"].map(class_roles))
+
+    trainval = images[images["part"] == "trainval"].sort_values("path")
+    for class_id in sorted(train):
+        rows = trainval.index[trainval["class_id"] == class_id].to_numpy()
+        order = rows[np.random.default_rng([data.seed, class_id]).permutation(len(rows))]
+        if development:
+            order = _hold_out(images, order, "test_seen", data.val_seen_fraction)
+        if class_roles[class_id] == "train":
+            _hold_out(images, order, "val_seen", data.val_seen_fraction)
+
+    present_ids = sorted(images["class_id"].unique())
+    new_ids = {class_id: number for number, class_id in enumerate(present_ids)}
+    images["class_id"] = images["class_id"].map(new_ids).astype(np.int64)
+    classes = pd.DataFrame(listing.attributes[present_ids], columns=listing.attribute_names)
+    classes.insert(0, "name", [listing.class_names[class_id] for class_id in present_ids])
+    classes.insert(1, "role", [class_roles[class_id] for class_id in present_ids])
+    split = Split(
+        images=images[["path", "class_id", "role"]].reset_index(drop=True),
+        classes=classes,
+        missing=missing,
+        dropped_classes=[listing.class_names[class_id] for class_id in sorted(class_roles.keys() - new_ids.keys())],
+    )
+    check_split(split, data)
+    return split
+
+
+def check_split(split: Split, data: DataConfig) -> None:
+    """DataError unless each image has one role, each role an image, and no unseen class an image of a seen role."""
+    if not split.images["path"].is_unique:
+        raise DataError("an image is listed in two roles")
+    class_roles = split.classes["role"].to_numpy()[split.images["class_id"]]
+    allowed = {
+        "train": {"train", "val_seen", "test_seen"},
+        "val_unseen": {"val_unseen", "test_seen"},
+        "test_unseen": {"test_unseen"},
+    }
+    for class_role, roles in allowed.items():
+        found = set(split.images["role"][class_roles == class_role])
+        if not found <= roles:
+            raise DataError(f"{class_role} classes have images of the roles {', '.join(sorted(found - roles))}")
+    for role in ROLES:
+        if not (split.images["role"] == role).any():
+            hint = "try more photos, a larger data.val_seen_fraction or another data.fold"
+            if role.startswith("test") and data.split == "standard":
+                hint = "set data.split=development for a whole zero-shot problem inside the trainval photos"
+            raise DataError(f"no photo is left for the role {role}; {hint}")
+
+
+def relative_path(file: str, folder: str) -> str:
+    """The part of an author's absolute path after the last ``folder`` in it, '/'-separated."""
+    parts = [part for part in file.replace("\\", "/").split("/") if part]
+    if folder not in parts[:-1]:
+        raise DataError(f"image_files: {file!r} has no folder {folder!r} in its path")
+    last = len(parts) - 2 - parts[-2::-1].index(folder)
+    return "/".join(parts[last + 1 :])
+
+
+def read_attribute_names(file: Path, count: int) -> list[str]:
+    """Attribute names in column order, from numbered lines ("1 name") or a MATLAB cell array ``attributes``."""
+    if file.suffix == ".mat":
+        names = _strings(_load(file, ["attributes"])["attributes"])
+    else:
+        lines = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for number, line in enumerate(lines, start=1):
+            if len(line) != 2 or line[0] != str(number):
+                raise DataError(f"{file}: line {number}: expected '{number} <name>', found {' '.join(line)!r}")
+        names = [name.strip() for _, name in lines]
+    _expect(file, "distinct attribute names", len(set(names)), count)
+    return names
+
+
+_LOCS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")
+
+
+def _hold_out(images: pd.DataFrame, order: NDArray[Any], role: str, fraction: float) -> NDArray[Any]:
+    """Give the first ``fraction`` of ``order`` (at least one, never all) that role; return the others."""
+    count = min(max(round(fraction * len(order)), 1), len(order) - 1) if fraction > 0 else 0
+    images.loc[order[:count], "role"] = role
+    return order[count:]
+
+
+def _folder_class(path: str) -> str:
+    """images/002.Laysan_Albatross/x.jpg -> 002.Laysan_Albatross; SUN: c/chapel/indoor/x.jpg -> chapel_indoor."""
+    return "_".join(path.split("/")[1:-1])
+
+
+def _load(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; it is part of the original archives")
+    try:
+        content = loadmat(file, variable_names=list(keys))
+    except Exception as error:  # scipy raises whatever its parser meets
+        raise DataError(f"{file} is not a readable MATLAB file: {error}") from error
+    absent = [key for key in keys if key not in content]
+    if absent:
+        raise DataError(f"{file} has no variable {', '.join(absent)}")
+    return dict(content)
+
+
+def _strings(cells: NDArray[Any]) -> list[str]:
+    return [str(np.asarray(cell).item()).strip() for cell in cells.ravel()]
+
+
+def _zero_based(indices: NDArray[Any], count: int, where: str) -> NDArray[np.int64]:
+    """1-based indices (MATLAB) to 0-based ones."""
+    flat = indices.ravel().astype(np.int64)
+    if flat.size and (flat.min() < 1 or flat.max() > count):
+        raise DataError(f"{where}: expected indices in 1..{count} (1-based), found {flat.min()}..{flat.max()}")
+    return flat - 1
+
+
+def _class_set(file: Path, names: list[str]) -> set[int]:
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; it is part of xlsa17")
+    ids = {name: class_id for class_id, name in enumerate(names)}
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    unknown = [name for name in lines if name not in ids]
+    if unknown:
+        raise DataError(f"{file}: {unknown[0]!r} is not among allclasses_names of att_splits.mat")
+    return {ids[name] for name in lines}
+
+
+def _expect(file: Path, what: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise DataError(f"{file}: expected {expected} as {what}, found {found}; is this the original file?")
+
+
+def _missing_message(missing: Sequence[str], needed: int) -> str:
+    named = "".join(f"\n  {path}" for path in missing[:MISSING_NAMED])
+    more = f"\n  and {len(missing) - MISSING_NAMED} more" if len(missing) > MISSING_NAMED else ""
+    return (
+        f"{len(missing)} of {needed} listed photos are missing; complete the download, "
+        f"or go on without them by data.allow_missing=true (--allow-missing). Missing:{named}{more}"
+    )

@@ -1,0 +1,93 @@
+"""A model over images of a bundle: attribute predictions and selections, or frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from svip.config import Config
+from svip.data.bundle import Bundle
+from svip.data.images import EpochBatches, ImageDataset, loader
+from svip.models.svip import SVIP
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of n images, in the order of their rows."""
+
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    """Class ids of the bundle, [n]."""
+    attributes: Tensor
+    """a_hat, float32 [n, A], on the CPU."""
+    selected: NDArray[np.bool_]
+    """Selected groups, [n, G]."""
+
+    def scores(self, model: SVIP, class_attributes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Eq. 11's logits [n, C] for class attributes [C, A]."""
+        matrix = torch.from_numpy(class_attributes)
+        scores: NDArray[np.float32] = model.class_scores(self.attributes, matrix).numpy()
+        return scores
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``train.device`` names; auto takes CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """bf16 autocast where ``train.precision`` asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+
+
+def predict(model: SVIP, config: Config, bundle: Bundle, rows: NDArray[np.int64], label: str = "predict") -> Predictions:
+    """Attribute predictions of the test views of those images; a progress bar is called ``label``."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    attributes, selected, labels = [], [], []
+    for images, classes in _batches(config, bundle, rows, label):
+        with autocast(config, device):
+            prediction = model.predict(images.to(device, non_blocking=True))
+        attributes.append(prediction.attributes.cpu())
+        selected.append(prediction.selected.cpu())
+        labels.append(classes)
+    model.train(training)
+    return Predictions(rows, torch.cat(labels).numpy(), torch.cat(attributes), torch.cat(selected).numpy())
+
+
+@torch.no_grad()
+def frozen_features(
+    model: SVIP, config: Config, bundle: Bundle, rows: NDArray[np.int64], patches: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Features of a plain pass over the test views, and class ids [n].
+
+    The class token [n, D]; with ``patches`` the mean merged group stands behind it, [n, D + E].
+    """
+    device = next(model.parameters()).device
+    features, labels = [], []
+    for images, classes in _batches(config, bundle, rows, "features"):
+        with autocast(config, device):
+            tokens = model.backbone.encode(model.backbone.embed(model.normalize(images.to(device))))
+        row = tokens[:, 0]
+        if patches:
+            row = torch.cat([row, tokens[:, model.backbone.prefix :][:, model.index].mean(1).flatten(1)], 1)
+        features.append(row.float().cpu())
+        labels.append(classes)
+    return torch.cat(features).numpy(), torch.cat(labels).numpy()
+
+
+def _batches(config: Config, bundle: Bundle, rows: NDArray[np.int64], label: str) -> Iterator[tuple[Tensor, Tensor]]:
+    dataset = ImageDataset(bundle, rows, config.data, train=False, seed=0)
+    order = EpochBatches(len(rows), config.evaluation.batch_size, seed=0, epoch=0, shuffle=False)
+    for images, classes, _ in tqdm(loader(dataset, order, config.train.workers), desc=label, leave=False):
+        yield images, classes

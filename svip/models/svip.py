@@ -1,0 +1,157 @@
+"""The two-pass model of the paper, and its ablations as switches of ``ModelConfig``.
+
+Shapes: B images, N patch tokens, G = N/4 merged groups, D width, E = 4D merged width, A attributes, V word-vector
+size, M selected groups, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svip.config import ConfigError, ModelConfig
+from svip.models.backbone import Backbone
+from svip.models.contextualization import FreeContext, WordsToPatch
+from svip.models.patches import AttentionScores, block_index, merge, pseudo_labels, select, unmerge
+
+
+@dataclass
+class Passes:
+    """What a training step needs of both passes. Without contextualization there is no second pass."""
+
+    source: Tensor
+    """Attribute prediction of pass 1, [B, A]."""
+    contextualized: Tensor | None
+    """Attribute prediction of pass 2, [B, A]."""
+    patch_logits: Tensor | None
+    """The patch classifier's logits, [B, G]."""
+    patch_targets: Tensor | None
+    """Its pseudo-labels from pass 1's attention, in [0, 1], [B, G]."""
+
+
+@dataclass
+class Prediction:
+    """One image batch at test time (a single pass)."""
+
+    attributes: Tensor
+    """Attribute prediction a_hat, [B, A]."""
+    selected: Tensor
+    """Selected groups S_M, bool [B, G]; all true for a model that selects none."""
+    localization: Tensor | None
+    """Each group's attribute values before pooling, [B, G, A]; None when only the class token is read."""
+
+
+class SVIP(nn.Module):
+    """Images in (uint8 [B, 3, S, S]), attribute predictions out ([B, A])."""
+
+    def __init__(self, config: ModelConfig, image_size: int, words: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, image_size)
+        width, attributes = self.backbone.width, words.shape[0]
+        self.index: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        try:
+            self.register_buffer("index", block_index(self.backbone.grid), persistent=False)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for name in ("mean", "std"):
+            values = torch.tensor(self.backbone.vit.pretrained_cfg[name]).view(3, 1, 1) * 255
+            self.register_buffer(name, values, persistent=False)
+
+        self.groups = len(self.index)
+        self.two_passes = config.contextualize != "none"
+        # "all" contextualizes and reads every group, so there is nothing to select; the class token alone of a single
+        # pass needs no patches at all
+        self.selects = config.contextualize != "all" and (self.two_passes or config.readout != "cls")
+        if self.selects and not 0 < config.selected_groups <= self.groups:
+            raise ConfigError(
+                f"model.selected_groups={config.selected_groups}: expected 1 to {self.groups}, the number of merged "
+                f"groups of a {self.backbone.grid[0]}x{self.backbone.grid[1]} grid"
+            )
+        self.patch_classifier = (
+            nn.Sequential(nn.Linear(4 * width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 1))
+            if self.selects
+            else None
+        )
+        self.context: WordsToPatch | FreeContext | None = None
+        if config.contextualize in ("unselected", "all"):
+            self.context = WordsToPatch(words, width) if config.context == "w2p" else FreeContext(width)
+        self.patch_head = nn.Linear(4 * width, attributes) if config.readout != "cls" else None
+        self.class_head = nn.Linear(width, attributes) if config.readout != "p2a" else None
+
+    def forward(self, images: Tensor) -> Passes:
+        """Both passes of a training step (Sec. 3.3-3.5)."""
+        patches = self.backbone.embed(self.normalize(images))  # [B, N, D]
+        logits, selected = self.select_patches(patches)
+        scores = AttentionScores() if self.selects else None
+        source = self.read(self.backbone.encode(patches, hook=scores), selected)[0]
+        targets = pseudo_labels(scores.groups(self.backbone.prefix, self.index)) if scores else None
+        contextualized = self.read(*self.encode_contextualized(patches, selected))[0] if self.two_passes else None
+        return Passes(source, contextualized, logits, targets)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Prediction:
+        """One contextualized pass; the patch classifier alone selects the patches ("Zero-Shot Inference")."""
+        patches = self.backbone.embed(self.normalize(images))
+        _, selected = self.select_patches(patches)
+        tokens, shown = self.encode_contextualized(patches, selected)
+        attributes, localization = self.read(tokens, shown)
+        return Prediction(attributes, selected, localization)
+
+    def class_scores(self, attributes: Tensor, class_attributes: Tensor) -> Tensor:
+        """Eq. 11's logits: sigma times the cosine of a_hat [B, A] and each class's attributes [C, A] -> [B, C]."""
+        normalized = F.normalize(attributes.float(), dim=-1)
+        return self.config.sigma * normalized @ F.normalize(class_attributes.float(), dim=-1).T
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
+
+    def select_patches(self, patches: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Eqs. 5 and 8: the classifier's logits [B, G] on the raw patches [B, N, D], and the selected groups [B, G].
+
+        The classifier does not train the patch embedding: its loss would otherwise bend the features towards it.
+        """
+        if self.patch_classifier is None:
+            return None, patches.new_ones(len(patches), self.groups, dtype=torch.bool)
+        logits = self.patch_classifier(merge(patches.detach(), self.index)).squeeze(-1).float()
+        return logits, select(logits.detach(), self.config.selected_groups)
+
+    def encode_contextualized(self, patches: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Pass 2: final tokens, and the mask of the selected groups among the groups that are left in them."""
+        if self.config.contextualize == "drop":
+            kept = selected.nonzero()[:, 1].view(len(selected), -1)  # [B, M], ascending
+            tokens = self.backbone.encode(patches, keep=self.index[kept].flatten(1))
+            return tokens, torch.ones_like(kept, dtype=torch.bool)
+        if self.context is not None:
+            chosen = torch.ones_like(selected) if self.config.contextualize == "all" else ~selected
+            e = self.context().to(patches.dtype).flatten()  # [E]
+            added = chosen.unsqueeze(-1) * e  # Eq. 9, [B, G, E]
+            patches = patches + unmerge(added, self.index)
+        return self.backbone.encode(patches), selected
+
+    def read(self, tokens: Tensor, selected: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sec. 3.5: final tokens [B, T, D] -> a_hat [B, A] (Eq. 10), and the values of all groups [B, G, A]."""
+        attributes = torch.zeros((), device=tokens.device)
+        localization = None
+        if self.patch_head is not None:
+            patches = tokens[:, self.backbone.prefix :]
+            whole = patches.shape[1] == self.index.numel()
+            groups = merge(patches, self.index) if whole else patches.unflatten(1, (-1, 4)).flatten(2)
+            localization = self.patch_head(groups)  # [B, G, A]
+            attributes = attributes + pool(localization, selected, self.config.pooling)
+        if self.class_head is not None:
+            attributes = attributes + self.class_head(tokens[:, 0])
+        return attributes.float(), localization
+
+
+def pool(values: Tensor, selected: Tensor, how: str) -> Tensor:
+    """Max (Eq. 10) or mean over the selected groups: [B, G, A] and bool [B, G] -> [B, A]."""
+    mask = selected.unsqueeze(-1)
+    if how == "max":
+        return values.masked_fill(~mask, float("-inf")).amax(1)
+    return (values * mask).sum(1) / mask.sum(1)

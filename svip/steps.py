@@ -1,0 +1,181 @@
+"""The steps of the pipeline. The command line, a container and a Kubeflow component all call these same functions.
+
+Arguments are plain strings and lists, so that every caller can pass them; what a step makes lies in ``out``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from svip import tracking
+from svip.config import Config, flatten, load_config
+from svip.data.bundle import read_bundle
+from svip.data.prepare import prepare_data as make_bundle
+from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
+from svip.evaluation.evaluate import report as make_report
+from svip.semantics.attributes import attribute_phrases
+from svip.semantics.vectors import embed_attributes as look_up
+from svip.semantics.vectors import read_embedding, write_embedding
+from svip.training.checkpoint import load_model
+from svip.training.loop import train as train_model
+
+log = logging.getLogger(__name__)
+
+
+def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
+    """Check the configuration, start the MLflow run that all steps belong to, and return its id."""
+    config = load_config(preset, overrides)
+    return tracking.open_run(pipeline, _experiment(config), flatten(config), {"preset": preset})
+
+
+def prepare_data(out: str, preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Make the split bundle in ``out``; the content of its bundle.json."""
+    bundle = make_bundle(load_config(preset, overrides), Path(out))
+    log.info("bundle %s: %s", bundle.sha256[:12], _sentence(bundle.info["counts"]["images"]))
+    return dict(bundle.info)
+
+
+def embed_attributes(bundle: str, out: str, preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Look up the attributes' word vectors and write vectors.npy [A, V] and report.json to ``out``; the report."""
+    config = load_config(preset, overrides)
+    data = read_bundle(Path(bundle))
+    names = data.attribute_names
+    vectors = Path(config.semantics.vectors) if config.semantics.vectors else data.path / "word_vectors.txt"
+    if config.semantics.vectors is None and not vectors.exists():
+        raise FileNotFoundError(
+            f"semantics.vectors is not set and {bundle} brings no word vectors; give a file in GloVe's text format "
+            "(--vectors glove.6B.300d.txt)"
+        )
+    phrases = attribute_phrases(data.info["dataset"], names)
+    pooling = "sum" if config.semantics.pooling == "sum" else "mean"
+    embedding = look_up(phrases, names, vectors, pooling, config.semantics.allow_missing)
+    write_embedding(embedding, Path(out))
+    missing = embedding.report["missing_words"]
+    log.info("%d attribute vectors of size %d", *embedding.vectors.shape)
+    if missing:
+        log.warning("%d words are not in %s: %s", len(missing), vectors, ", ".join(missing))
+    return dict(embedding.report)
+
+
+def train(
+    bundle: str,
+    vectors: str,
+    out: str,
+    preset: str,
+    overrides: Sequence[str] = (),
+    parent_run_id: str = "",
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Train into ``out``, going on from what is there (``resume`` False: refuse to).
+
+    The run id, and T1, U, S, H and gamma of the validation classes where they were used.
+    """
+    config = load_config(preset, overrides)
+    data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
+    if embedding.names != data.attribute_names:
+        raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")
+    if not resume and directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; resume it (--resume), or train into another --out")
+    record = directory / "run_id"
+    tags = {"preset": preset, "bundle_sha256": data.sha256, "variant": variant(config), "step": "train"}
+    with tracking.open_tracker(
+        _experiment(config),
+        f"train-{variant(config)}",
+        parent_run_id=parent_run_id or None,
+        run_id=record.read_text().strip() if record.exists() else None,
+        tags=tags,
+    ) as tracker:
+        directory.mkdir(parents=True, exist_ok=True)
+        record.write_text(tracker.run_id)
+        tracker.log_params(flatten(config))
+
+        def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
+            # both phases have an epoch 1: the final one's losses get a name of their own
+            prefix = "final_" if phase == "final" else ""
+            tracker.log_metrics({f"{prefix}{name}": value for name, value in metrics.items()}, epoch)
+
+        info = train_model(config, data, embedding.vectors, directory, report_epoch)
+        for name in ("config.yaml", "model.json", "history.json"):
+            tracker.log_artifact(directory / name)
+        tracking.log_checkpoint_model(tracker, directory, data.path)
+        validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
+        return {"run_id": tracker.run_id, **validation}
+
+
+def evaluate(checkpoint: str, bundle: str, out: str, parent_run_id: str = "") -> dict[str, Any]:
+    """Evaluate a checkpoint on the test images by every protocol of its configuration; metrics.json's content."""
+    data = read_bundle(Path(bundle))
+    _, config, _ = load_model(Path(checkpoint))
+    tags = {"bundle_sha256": data.sha256, "variant": variant(config), "step": "evaluate"}
+    with tracking.open_tracker(
+        _experiment(config), f"evaluate-{variant(config)}", parent_run_id=parent_run_id or None, tags=tags
+    ) as tracker:
+        metrics = evaluate_checkpoint(Path(checkpoint), data, Path(out))
+        tracker.log_params(flatten(config))
+        honest = metrics["protocols"].get("validation", metrics["protocols"].get("none", {}))
+        numbers = {f"test/{name}": value for name, value in honest.items()}
+        for method, results in {"": metrics["protocols"], "eszsl/": metrics["comparators"].get("eszsl", {})}.items():
+            for protocol, values in results.items():
+                numbers |= {f"test/{method}{protocol}/{name}": value for name, value in values.items()}
+        tracker.log_metrics(numbers)
+        tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})
+        tracker.log_artifact(Path(out))
+        if parent_run_id:
+            tracking.log_to_run(parent_run_id, metrics=numbers)
+        return metrics
+
+
+def report(evaluation: str, checkpoint: str, bundle: str, out: str, parent_run_id: str = "") -> str:
+    """Write report.html and results.md to ``out``; the page's path."""
+    data = read_bundle(Path(bundle))
+    lineage = {"git sha": tracking.git_sha(), "MLflow run": parent_run_id or "-"}
+    page = make_report(Path(evaluation), Path(checkpoint), data, Path(out), lineage)
+    if parent_run_id:
+        tracking.log_to_run(parent_run_id, artifacts=[page, Path(out) / "results.md"])
+    return str(page)
+
+
+def close_run(run_id: str, status: str) -> None:
+    """End the parent run: FINISHED, FAILED or KILLED."""
+    tracking.close_run(run_id, status)
+
+
+def variant(config: Config) -> str:
+    """A short name of what is trained: svip, baseline, or the switches that make it another one."""
+    model = config.model
+    if model.contextualize == "none" and model.readout == "cls":
+        return "baseline"
+    changed = [
+        f"{name}={value}"
+        for name, value, usual in (
+            ("contextualize", model.contextualize, "unselected"),
+            ("context", model.context, "w2p"),
+            ("readout", model.readout, "p2a"),
+        )
+        if value != usual
+    ]
+    return "-".join(["svip", *changed])
+
+
+def summary(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of the results table: method, protocol, T1, U, S, H, gamma (see evaluation.report)."""
+    from svip.evaluation.report import result_rows
+
+    return [[row.method, row.note, *row.values] for row in result_rows(metrics)]
+
+
+def read_metrics(directory: str) -> dict[str, Any]:
+    """metrics.json of an evaluation."""
+    return dict(json.loads((Path(directory) / "metrics.json").read_text(encoding="utf-8")))
+
+
+def _experiment(config: Config) -> str:
+    return f"svip/{config.data.dataset}"
+
+
+def _sentence(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {role}" for role, count in counts.items())

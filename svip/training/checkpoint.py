@@ -1,0 +1,119 @@
+"""Checkpoints: what is needed to go on bit for bit, and what is needed to use a trained model.
+
+Every file is written under a temporary name, flushed to disk and renamed, so that whatever is killed, and whenever,
+the last whole one is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+
+from svip.config import Config, flatten, from_yaml, to_yaml
+from svip.models.svip import SVIP
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message names the file and what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` fill a temporary file beside ``path``, then give it that name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_state(path: Path, model: SVIP, optimizer: Optimizer, progress: dict[str, Any]) -> None:
+    """Everything that decides how training goes on; ``progress`` holds plain numbers, strings, lists and dicts."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "progress": progress,
+    }
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_state(path: Path, model: SVIP, optimizer: Optimizer) -> dict[str, Any]:
+    """Restore ``save_state``'s file in place and return its progress. No code in the file is run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # torch raises many types for a damaged or foreign file
+        raise CheckpointError(f"{path} can't be resumed from ({error}); delete it, or train into a new folder") from error
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    progress: dict[str, Any] = state["progress"]
+    return progress
+
+
+def save_weights(path: Path, model: SVIP) -> None:
+    """The model alone, as safetensors."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+
+
+def save_model(directory: Path, model: SVIP, config: Config, info: dict[str, Any]) -> None:
+    """A trained model: model.safetensors, config.yaml (what ran) and, last, model.json."""
+    save_weights(directory / "model.safetensors", model)
+    write_config(directory, config)
+    words = model.context.words.shape if hasattr(model.context, "words") else None
+    shape = {"attributes": info["attributes"], "word_size": words[1] if words else 1}
+    write_json(directory / "model.json", info | shape)
+
+
+def load_model(directory: Path, weights: str = "model.safetensors") -> tuple[SVIP, Config, dict[str, Any]]:
+    """The model (on the CPU, in evaluation mode), its configuration, and model.json's content."""
+    if not (directory / "model.json").is_file():
+        raise CheckpointError(f"{directory} holds no finished training (no model.json); run `svip train --out` on it")
+    config = from_yaml(directory / "config.yaml")
+    info: dict[str, Any] = json.loads((directory / "model.json").read_text(encoding="utf-8"))
+    architecture = dataclasses.replace(config.model, weights="none")  # they are all in the checkpoint
+    model = SVIP(architecture, config.data.image_size, torch.zeros(info["attributes"], info["word_size"]))
+    try:
+        model.load_state_dict(load_file(directory / weights))
+    except Exception as error:  # safetensors and torch raise different types
+        raise CheckpointError(f"{directory / weights} does not fit {directory / 'config.yaml'}: {error}") from error
+    return model.eval(), config, info
+
+
+def write_config(directory: Path, config: Config) -> None:
+    write_atomically(directory / "config.yaml", lambda temporary: temporary.write_text(to_yaml(config)))
+
+
+def check_resumable(directory: Path, config: Config) -> None:
+    """Refuse to go on in a folder where another configuration has run (the device and the like may differ)."""
+    saved = directory / "config.yaml"
+    if not saved.exists():
+        return
+    before, now = flatten(from_yaml(saved)), flatten(config)
+    free = ("train.device", "train.workers", "train.checkpoint_steps", "data.root")
+    changed = [f"{k}: {before[k]} -> {now[k]}" for k in now if before[k] != now[k] and not k.startswith(free)]
+    changed = [line for line in changed if not line.startswith("evaluation.")]
+    if changed:
+        raise CheckpointError(
+            f"{directory} was begun with another configuration ({'; '.join(changed)}); "
+            "use the same one to resume, or another --out"
+        )

@@ -1,0 +1,260 @@
+"""Training: choose epoch and gamma on the validation classes, retrain on trainval, be resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from svip import losses
+from svip.config import Config
+from svip.data.bundle import TRAINVAL, Bundle
+from svip.data.images import EpochBatches, ImageDataset, loader
+from svip.evaluation.calibration import SeenUnseenCurve
+from svip.evaluation.inference import autocast, choose_device, predict
+from svip.evaluation.metrics import zero_shot_metrics
+from svip.models.svip import SVIP
+from svip.training import checkpoint
+from svip.training.optim import build_optimizer, rate_factor, set_rates
+from svip.training.probe import probe_heads
+
+log = logging.getLogger(__name__)
+
+Log = Callable[[dict[str, float], int, str], None]
+"""Receives an epoch's metrics, the epoch (from 1) and the phase."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or not a number; the message names the phase, step and images."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run over some images. ``select`` trains on train and validates; ``final`` trains on trainval."""
+
+    name: str
+    roles: tuple[str, ...]
+    class_roles: tuple[str, ...]
+    epochs: int
+
+
+@dataclass
+class Progress:
+    """Where a phase stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    """Finished epochs."""
+    batch: int = 0
+    """Finished steps of the epoch under way."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Losses of those steps, summed over images."""
+    images: int = 0
+    seconds: float = 0.0
+    """Time spent training in all."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path, report: Log) -> dict[str, Any]:
+    """Train into ``out`` (or go on there) and return model.json's content.
+
+    words: attribute vectors float32 [A, V]. Raises NonFiniteLoss, ConfigError or CheckpointError.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.check_resumable(out, config)
+    _check_same_data(out, bundle)
+    if (out / "model.json").exists():
+        log.info("%s: training is already finished", out)
+        return dict(json.loads((out / "model.json").read_text(encoding="utf-8")))
+    checkpoint.write_config(out, config)
+
+    history: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
+    if config.train.select:
+        select = Phase("select", ("train",), ("train",), config.optim.epochs)
+        history = _run_cached(select, config, bundle, words, out, report)
+        best = max(history, key=lambda entry: entry["val/H"])
+        log.info("chosen on the validation classes: epoch %d, gamma %.3f", best["epoch"], best["val/gamma"])
+    final = Phase("final", TRAINVAL, ("train", "val_unseen"), best.get("epoch", config.optim.epochs))
+    model, progress = run_phase(final, config, bundle, words, out, report)
+    checkpoint.write_json(out / "history.json", history + progress.history)
+    info = {
+        "epochs": final.epochs,
+        "gamma": best.get("val/gamma"),
+        "validation": {key: best[f"val/{key}"] for key in ("T1", "U", "S", "H")} if best else None,
+        "bundle_sha256": bundle.sha256,
+        "attributes": len(words),
+        "device": str(choose_device(config.train.device)),
+        "seconds": sum(entry["seconds"] for entry in history + progress.history),
+    }
+    checkpoint.save_model(out, model, config, info)
+    (out / "final" / "state.pt").unlink()
+    return info
+
+
+def run_phase(
+    phase: Phase, config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path, report: Log
+) -> tuple[SVIP, Progress]:
+    """Train for the phase's epochs, from its last checkpoint if there is one."""
+    folder = out / phase.name
+    folder.mkdir(exist_ok=True)
+    device = choose_device(config.train.device)
+    torch.manual_seed(config.train.seed)
+    model = SVIP(config.model, config.data.image_size, torch.from_numpy(words)).to(device)
+    optimizer = build_optimizer(model, config.optim)
+    dataset = ImageDataset(bundle, bundle.rows(*phase.roles), config.data, train=True, seed=config.train.seed)
+    state = folder / "state.pt"
+    if state.exists():
+        progress = Progress(**checkpoint.load_state(state, model, optimizer))
+        log.info("%s: resumed after epoch %d, step %d", phase.name, progress.epoch, progress.batch)
+    else:
+        progress = Progress()
+        if config.model.head_init == "probe":
+            probe_heads(model, config, bundle, dataset.rows, bundle.classes_with(*phase.class_roles))
+
+    while progress.epoch < phase.epochs:
+        _train_epoch(phase, config, bundle, model, optimizer, dataset, progress, state)
+        entry = _finish_epoch(phase, config, bundle, model, progress)
+        if "val/H" in entry and entry["val/H"] >= max(e["val/H"] for e in progress.history):
+            checkpoint.save_weights(folder / "best.safetensors", model)
+        checkpoint.save_state(state, model, optimizer, vars(progress))
+        report({k: v for k, v in entry.items() if "/" in k}, entry["epoch"], phase.name)
+    return model, progress
+
+
+def _train_epoch(
+    phase: Phase,
+    config: Config,
+    bundle: Bundle,
+    model: SVIP,
+    optimizer: torch.optim.AdamW,
+    dataset: ImageDataset,
+    progress: Progress,
+    state: Path,
+) -> None:
+    device = choose_device(config.train.device)
+    classes = bundle.classes_with(*phase.class_roles)
+    seen = torch.from_numpy(bundle.class_attributes[classes]).to(device)  # [S, A]
+    position = torch.full((len(bundle.classes),), -1)
+    position[torch.from_numpy(classes)] = torch.arange(len(classes))
+
+    model.train()
+    model.backbone.set_trainable(progress.epoch >= config.optim.head_epochs)
+    order = EpochBatches(
+        len(dataset), config.optim.batch_size, config.train.seed, progress.epoch, start_batch=progress.batch
+    )
+    steps_per_epoch = -(-len(dataset) // config.optim.batch_size)
+    bar = tqdm(
+        loader(dataset, order, config.train.workers),
+        desc=f"{phase.name} epoch {progress.epoch + 1}/{phase.epochs}",
+        initial=progress.batch,
+        total=steps_per_epoch,
+        mininterval=1.0,
+    )
+    for images, labels, rows in bar:
+        started = time.perf_counter()
+        step = progress.epoch * steps_per_epoch + progress.batch
+        set_rates(optimizer, rate_factor(config.optim, step, steps_per_epoch))
+        parts = train_step(model, optimizer, config, images.to(device), position[labels].to(device), seen)
+        if not np.isfinite(parts["loss"]):
+            names = ", ".join(bundle.split["path"].iloc[rows.tolist()])
+            raise NonFiniteLoss(
+                f"the loss is {parts['loss']} in phase {phase.name}, epoch {progress.epoch + 1}, step "
+                f"{progress.batch + 1}; its images: {names}. Lower optim.lr or optim.head_lr, or use train.precision=fp32"
+            )
+        for name, value in parts.items():
+            progress.sums[name] = progress.sums.get(name, 0.0) + value * len(labels)
+        progress.images += len(labels)
+        progress.batch += 1
+        progress.seconds += time.perf_counter() - started
+        bar.set_postfix(loss=f"{progress.sums['loss'] / progress.images:.3f}", refresh=False)
+        if config.train.checkpoint_steps and progress.batch % config.train.checkpoint_steps == 0:
+            checkpoint.save_state(state, model, optimizer, vars(progress))
+
+
+def train_step(
+    model: SVIP, optimizer: torch.optim.AdamW, config: Config, images: Tensor, targets: Tensor, seen: Tensor
+) -> dict[str, float]:
+    """One step on uint8 images [B, 3, S, S] with targets [B] among the seen classes' attributes [S, A].
+
+    Returns the losses, unweighted but for their sum ``loss``. A non-finite loss changes nothing.
+    """
+    with autocast(config, images.device):
+        passes = model(images)
+    source = model.class_scores(passes.source, seen)  # [B, S]
+    parts = {"loss_cls": losses.classification(source, targets)}
+    total = parts["loss_cls"]
+    if passes.contextualized is not None:
+        contextualized = model.class_scores(passes.contextualized, seen)
+        parts["loss_cls"] = parts["loss_cls"] + losses.classification(contextualized, targets)
+        parts["loss_consistency"] = losses.consistency(source, contextualized, config.loss.consistency)
+        total = parts["loss_cls"] + config.loss.lambda1 * parts["loss_consistency"]
+    if passes.patch_logits is not None and passes.patch_targets is not None:
+        parts["loss_patch"] = losses.patch(passes.patch_logits, passes.patch_targets)
+        total = total + config.loss.lambda2 * parts["loss_patch"]
+    values = {"loss": total.item()} | {name: value.item() for name, value in parts.items()}
+    if np.isfinite(values["loss"]):
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+    return values
+
+
+def _finish_epoch(phase: Phase, config: Config, bundle: Bundle, model: SVIP, progress: Progress) -> dict[str, Any]:
+    """Close the epoch's books: mean losses and, in the select phase, T1, U, S, H on the validation classes."""
+    entry: dict[str, Any] = {"phase": phase.name, "epoch": progress.epoch + 1, "seconds": progress.seconds}
+    entry |= {f"train/{name}": total / progress.images for name, total in progress.sums.items()}
+    if phase.name == "select":
+        entry |= {f"val/{name}": value for name, value in validate(model, config, bundle).items()}
+        log.info(
+            "select epoch %d: loss %.3f, validation T1 %.1f U %.1f S %.1f H %.1f",
+            *(entry[k] for k in ("epoch", "train/loss", "val/T1", "val/U", "val/S", "val/H")),
+        )
+    progress.history.append(entry)
+    progress.epoch += 1
+    progress.batch, progress.images, progress.sums, progress.seconds = 0, 0, {}, 0.0
+    return entry
+
+
+def validate(model: SVIP, config: Config, bundle: Bundle) -> dict[str, float]:
+    """T1, U, S, H (percent) and their gamma, the best one, on held-out images of train and validation classes."""
+    classes = bundle.classes_with("train", "val_unseen")
+    predictions = predict(model, config, bundle, bundle.rows("val_seen", "val_unseen"), "validate")
+    scores = predictions.scores(model, bundle.class_attributes[classes])
+    labels = np.searchsorted(classes, predictions.labels)
+    unseen = np.searchsorted(classes, bundle.classes_with("val_unseen"))
+    gamma = SeenUnseenCurve.of(scores, labels, unseen).best_gamma()
+    return zero_shot_metrics(scores, labels, unseen, gamma)
+
+
+def _run_cached(
+    phase: Phase, config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path, report: Log
+) -> list[dict[str, Any]]:
+    """The history of a phase whose model is not needed further; once finished it is never run again."""
+    done = out / phase.name / "history.json"
+    if not done.exists():
+        _, progress = run_phase(phase, config, bundle, words, out, report)
+        checkpoint.write_json(done, progress.history)
+        (out / phase.name / "state.pt").unlink()
+    return list(json.loads(done.read_text(encoding="utf-8")))
+
+
+def _check_same_data(out: Path, bundle: Bundle) -> None:
+    record = out / "bundle.sha256"
+    if record.exists() and record.read_text().strip() != bundle.sha256:
+        raise checkpoint.CheckpointError(
+            f"{out} was begun on another bundle (sha256 {record.read_text().strip()[:12]}, "
+            f"now {bundle.sha256[:12]} in {bundle.path}); use that one, or another --out"
+        )
+    checkpoint.write_atomically(record, lambda temporary: temporary.write_text(bundle.sha256 + "\n"))

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from svip.data.bundle import TRAINVAL, Bundle, BundleError, BundleWriter, read_bundle
+
+CLASSES = pd.DataFrame(
+    {"name": ["wren", "crow", "gull"], "role": ["train", "val_unseen", "test_unseen"], "red": [0.5, 0, 1], "big": 0.25}
+)
+INFO = {"dataset": "cub", "split": "standard", "fold": 1, "settings": {"seed": 0}, "source": {}}
+
+
+def picture(number: int, height: int = 2, width: int = 3) -> np.ndarray:
+    return np.arange(number, number + height * width * 3, dtype=np.uint8).reshape(height, width, 3)
+
+
+def write(out: Path, masked: bool = False, first_pixel: int = 0, role: str = "train", **finish: Any) -> Bundle:
+    with BundleWriter(out) as writer:
+        first = picture(0)
+        first[0, 0, 0] = first_pixel
+        for number, (name, image_role, image) in enumerate(
+            [("a.jpg", role, first), ("b.jpg", "val_unseen", picture(50, 4, 1)), ("c.jpg", "test_unseen", picture(90))]
+        ):
+            mask = np.full(image.shape[:2], number, np.uint8) if masked else None
+            writer.add(name, number, image_role, image, mask)
+        return writer.finish(finish.pop("classes", CLASSES), INFO, **finish)
+
+
+def test_images_of_different_sizes_come_back_pixel_by_pixel(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "out")
+    assert bundle.image(1).tolist() == picture(50, 4, 1).tolist()
+    assert bundle.image(2).tolist() == picture(90).tolist()
+    assert bundle.split["offset"].tolist() == [0, 18, 30]  # 2*3*3 and 4*1*3 bytes
+    assert bundle.mask(0) is None
+    assert not bundle.image(0).flags.writeable
+
+
+def test_masks_share_the_order_of_images(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "out", masked=True)
+    for row, shape in enumerate([(2, 3), (4, 1), (2, 3)]):
+        mask = bundle.mask(row)
+        assert mask is not None
+        assert mask.tolist() == np.full(shape, row).tolist()
+
+
+def test_tables_keep_order_names_and_types(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "out", extra_files={"word_vectors.txt": "red 1 2\n"}, missing=["x.jpg"] * 30)
+    assert bundle.class_names == ["wren", "crow", "gull"]
+    assert bundle.attribute_names == ["red", "big"]
+    assert bundle.class_attributes.dtype == np.float32
+    assert bundle.class_attributes.tolist() == [[0.5, 0.25], [0, 0.25], [1, 0.25]]
+    assert bundle.rows("train").tolist() == [0]
+    assert bundle.rows(*TRAINVAL).tolist() == [0, 1]
+    assert bundle.classes_with("test_unseen", "train").tolist() == [0, 2]
+    assert (bundle.path / "word_vectors.txt").read_text() == "red 1 2\n"
+    assert bundle.info["counts"] == {
+        "images": {"train": 1, "val_seen": 0, "val_unseen": 1, "test_seen": 0, "test_unseen": 1},
+        "classes": {"train": 1, "val_unseen": 1, "test_unseen": 1},
+        "missing": 30,
+    }
+    assert len(bundle.info["missing"]) == 20
+
+
+def test_hash_depends_on_content_and_on_nothing_else(tmp_path: Path) -> None:
+    base = write(tmp_path / "a").sha256
+    assert write(tmp_path / "b", missing=["gone.jpg"]).sha256 == base
+    changed = [
+        write(tmp_path / "c", first_pixel=1),
+        write(tmp_path / "d", role="val_seen"),
+        write(tmp_path / "e", masked=True),
+        write(tmp_path / "f", classes=CLASSES.assign(big=0.5)),
+        write(tmp_path / "g", extra_files={"word_vectors.txt": "red 1\n"}),
+    ]
+    assert len({base, *(bundle.sha256 for bundle in changed)}) == 6
+
+
+def test_pickled_bundle_carries_no_pixels(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "out")
+    bundle.image(0)  # maps the store
+    data = pickle.dumps(bundle)
+    assert len(data) < 500
+    assert pickle.loads(data).image(2).tolist() == bundle.image(2).tolist()
+
+
+def test_failed_write_leaves_nothing_and_keeps_the_old_bundle(tmp_path: Path) -> None:
+    old = write(tmp_path / "out").sha256
+    with pytest.raises(BundleError, match="unknown role 'test'"):
+        write(tmp_path / "out", role="test")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert read_bundle(tmp_path / "out").sha256 == old
+
+
+def test_new_bundle_replaces_an_old_one_but_no_other_folder(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    assert write(tmp_path / "out", first_pixel=9).image(0)[0, 0, 0] == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(BundleError, match="not a split bundle"):
+        write(tmp_path / "thesis")
+    with pytest.raises(BundleError, match="mount point"):
+        BundleWriter("/")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (CLASSES.iloc[:2], r"class ids must lie in 0\.\.1"),
+        (CLASSES.assign(role="seen"), "unknown role 'seen'"),
+        (CLASSES.rename(columns={"big": "red"}), "distinct attribute names"),
+        (CLASSES[["role", "name", "red"]], "class columns name, role"),
+    ],
+)
+def test_inconsistent_classes_are_refused(tmp_path: Path, classes: pd.DataFrame, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        write(tmp_path / "out", classes=classes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_images_are_refused(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "out") as writer:
+        with pytest.raises(BundleError, match=r"x\.jpg: expected uint8 pixels"):
+            writer.add("x.jpg", 0, "train", np.zeros((2, 2, 3), np.float32))
+        with pytest.raises(BundleError, match=r"expected a uint8 mask \[2, 3\]"):
+            writer.add("x.jpg", 0, "train", picture(0), np.zeros((3, 2), np.uint8))
+        with pytest.raises(BundleError, match="unknown role 'test'"):
+            writer.add("x.jpg", 0, "test", picture(0))
+        with pytest.raises(BundleError, match="at least one image"):
+            writer.finish(CLASSES, INFO)
+        writer.add("x.jpg", 0, "train", picture(0))
+        writer.add("y.jpg", 0, "train", picture(0), np.zeros((2, 3), np.uint8))
+        with pytest.raises(BundleError, match="1 of 2 images have a mask"):
+            writer.finish(CLASSES, INFO)
+
+
+def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"no bundle\.json"):
+        read_bundle(tmp_path)
+    path = write(tmp_path / "out").path
+    (path / "images.bin").write_bytes(b"short")
+    with pytest.raises(BundleError, match="expected 48 bytes, found 5"):  # 18 + 12 + 18
+        read_bundle(path)
+    (path / "classes.parquet").unlink()
+    with pytest.raises(BundleError, match="not a whole split bundle"):
+        read_bundle(path)
+    info = json.loads((path / "bundle.json").read_text())
+    (path / "bundle.json").write_text(json.dumps({**info, "format": 99}))
+    with pytest.raises(BundleError, match="expected format 1, found 99"):
+        read_bundle(path)
+    (path / "bundle.json").write_text("{")
+    with pytest.raises(BundleError, match="not valid JSON"):
+        read_bundle(path)
+
+
+def test_unknown_role_is_refused_when_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="unknown role 'trainval'"):
+        write(tmp_path / "out").rows("trainval")

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svip.config import DataConfig
+from svip.data.bundle import Bundle, BundleWriter
+from svip.data.images import EpochBatches, ImageDataset, center, loader, random_crop, resize, short_side, to_input
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """Red is the column, green the row, so that a view tells where it was cut."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(width), np.arange(height)[:, None]
+    return image
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    classes = pd.DataFrame({"name": ["a", "b"], "role": ["train", "test_unseen"], "red": [0.0, 1.0]})
+    with BundleWriter(tmp_path_factory.mktemp("images") / "out") as writer:
+        for row in range(40):
+            writer.add(f"{row}.jpg", row % 2, "train", coordinates(20, 24))
+        return writer.finish(classes, {})
+
+
+def dataset(
+    bundle: Bundle, train: bool, view: str = "center", flip: bool = True, seed: int = 0, first: int = 0
+) -> ImageDataset:
+    data = DataConfig(image_size=16, train_view=view, test_view="center" if view == "random_crop" else view, flip=flip)
+    return ImageDataset(bundle, np.arange(first, 40), data, train, seed)
+
+
+def test_center_cuts_the_middle_without_resampling() -> None:
+    view = center(coordinates(7, 12), 4)
+    assert view.shape == (4, 4, 3)
+    assert view[0, :, 0].tolist() == [4, 5, 6, 7]  # (12 - 4) / 2
+    assert view[:, 0, 1].tolist() == [1, 2, 3, 4]  # (7 - 4) / 2, rounded down
+    exact = coordinates(5, 5)
+    assert np.shares_memory(center(exact, 5), exact)
+    assert center(exact, 5).shape == (5, 5, 3)
+
+
+def test_center_enlarges_only_what_is_too_small() -> None:
+    assert center(coordinates(10, 30), 16).shape == (16, 16, 3)
+
+
+def test_resize_averages_over_all_pixels_it_shrinks() -> None:
+    image = np.array([[0, 100], [100, 200]], np.uint8)[..., None].repeat(3, axis=2)
+    assert resize(image, 1, 1).tolist() == [[[100, 100, 100]]]
+    stripes = np.tile(np.array([0, 255], np.uint8), 32)[None, :, None].repeat(64, 0).repeat(3, 2)
+    shrunk = resize(stripes, 8, 8)  # without antialiasing all would be 0 or 255
+    assert shrunk[:, 1:-1].min() > 120
+    assert shrunk[:, 1:-1].max() < 136
+
+
+def test_short_side_keeps_the_aspect() -> None:
+    assert short_side(100, 200, 50) == (50, 100)
+    assert short_side(500, 333, 224) == (336, 224)  # 336.3, rounded down
+
+
+def test_training_view_is_mirrored_about_half_of_the_time(bundle: Bundle) -> None:
+    views = dataset(bundle, train=True)
+    plain = dataset(bundle, train=False)[0, 0][0]
+    mirrored = 0
+    for epoch in range(10):
+        for position in range(40):
+            view, _, _ = views[epoch, position]
+            turned = torch.equal(view, plain.flip(2))
+            assert turned or torch.equal(view, plain)
+            mirrored += turned
+    assert 160 < mirrored < 240  # 400 throws, mean 200, standard deviation 10
+
+
+def test_nothing_is_random_without_flip_or_in_evaluation(bundle: Bundle) -> None:
+    for views in (dataset(bundle, train=True, flip=False), dataset(bundle, train=False, view="random_crop")):
+        view, class_id, row = views[3, 5]
+        assert (class_id, row) == (1, 5)
+        assert view.dtype == torch.uint8
+        assert view[0, 0].tolist() == list(range(4, 20))
+        assert view[1, :, 0].tolist() == list(range(2, 18))
+
+
+def test_squash_shows_the_whole_image(bundle: Bundle) -> None:
+    view, _, _ = dataset(bundle, train=False, view="squash")[0, 0]
+    assert view.shape == (3, 16, 16)
+    assert view[0, 0, 0] <= 1
+    assert view[0, 0, -1] >= 22
+
+
+def test_augmentation_depends_on_seed_epoch_and_row_alone(bundle: Bundle) -> None:
+    views = dataset(bundle, train=True, view="random_crop")
+    part = dataset(bundle, train=True, view="random_crop", first=7)
+    assert part[4, 0][2] == views[4, 7][2] == 7
+    assert torch.equal(part[4, 0][0], views[4, 7][0])
+    for other in (views[5, 7], views[4, 8], dataset(bundle, train=True, view="random_crop", seed=1)[4, 7]):
+        assert not torch.equal(other[0], views[4, 7][0])
+
+
+def test_random_crops_have_the_published_range_of_area_and_ratio() -> None:
+    generator = np.random.default_rng(0)
+    image, side = coordinates(250, 250), 64
+    areas = []
+    for _ in range(300):
+        view = random_crop(image, side, generator).astype(int)
+        # a crop of n pixels resampled to 64 spans n * 63/64 in coordinates, give or take rounding at both ends
+        width = (view[0, -1, 0] - view[0, 0, 0]) * side / (side - 1)
+        height = (view[-1, 0, 1] - view[0, 0, 1]) * side / (side - 1)
+        areas.append(width * height / 250**2)
+        assert 0.71 < width / height < 1.40
+    assert min(areas) > 0.07
+    assert max(areas) <= 1.03
+    assert 0.44 < np.mean(areas) < 0.56  # uniform 0.08-1 has mean 0.54; large ones fit a little less often
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 90), width=st.integers(1, 90), seed=st.integers(0, 9))
+def test_random_crop_takes_any_shape_of_image(height: int, width: int, seed: int) -> None:
+    image = np.full((height, width, 3), 77, np.uint8)
+    view = random_crop(image, 8, np.random.default_rng(seed))
+    assert view.shape == (8, 8, 3)
+    assert (view == 77).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    count=st.integers(0, 70),
+    batch_size=st.integers(1, 17),
+    world=st.integers(1, 4),
+    start=st.integers(0, 4),
+    shuffle=st.booleans(),
+)
+def test_ranks_part_each_epoch_and_resume_yields_its_tail(
+    count: int, batch_size: int, world: int, start: int, shuffle: bool
+) -> None:
+    batch_size = max(batch_size, world)
+    alone = list(EpochBatches(count, batch_size, 5, 2, shuffle=shuffle))
+    ranks = [EpochBatches(count, batch_size, 5, 2, rank, world, shuffle=shuffle) for rank in range(world)]
+    positions = sorted(position for rank in ranks for batch in rank for _, position in batch)
+    assert positions == list(range(count))
+    for number, whole in enumerate(alone):
+        parts = [list(rank)[number] for rank in ranks if number < len(rank)]
+        assert sorted(item for part in parts for item in part) == sorted(whole)
+    for number, rank in enumerate(ranks):
+        resumed = EpochBatches(count, batch_size, 5, 2, number, world, start_batch=start, shuffle=shuffle)
+        assert list(resumed) == list(rank)[start:]
+        assert len(resumed) == len(list(resumed))
+        assert len(rank) == len(list(rank))
+
+
+def test_epoch_order_follows_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return [position for batch in EpochBatches(100, 10, seed, epoch) for _, position in batch]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert list(EpochBatches(5, 2, 0, 7, shuffle=False)) == [[(7, 0), (7, 1)], [(7, 2), (7, 3)], [(7, 4)]]
+
+
+def test_drop_last_gives_all_ranks_equal_batches() -> None:
+    ranks = [list(EpochBatches(23, 6, 0, 0, rank, 3, drop_last=True)) for rank in range(3)]
+    assert [[len(batch) for batch in rank] for rank in ranks] == [[2, 2, 2]] * 3
+    with pytest.raises(ValueError, match="rank < world <= batch_size"):
+        EpochBatches(10, 2, 0, 0, rank=0, world=3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_collates_in_order_whatever_the_workers(bundle: Bundle, workers: int) -> None:
+    views = dataset(bundle, train=True, view="random_crop", first=4)
+    batches = EpochBatches(36, 16, 0, 1)
+    loaded = list(loader(views, batches, workers))
+    assert [tuple(images.shape) for images, _, _ in loaded] == [(16, 3, 16, 16), (16, 3, 16, 16), (4, 3, 16, 16)]
+    for (images, class_ids, rows), items in zip(loaded, batches, strict=True):
+        assert rows.tolist() == [position + 4 for _, position in items]
+        assert class_ids.tolist() == [row % 2 for row in rows.tolist()]
+        assert torch.equal(images, torch.stack([views[item][0] for item in items]))
+
+
+def test_to_input_normalises_each_channel() -> None:
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    result = to_input(images, (0.5, 0.5, 0.1), (0.25, 0.5, 0.2))
+    assert result.dtype == torch.float32
+    assert result.flatten().tolist() == pytest.approx([-2.0, 1.0, 0.5])
