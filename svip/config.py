@@ -78,6 +78,9 @@ class ModelConfig:
     removed (w/o PSC); none: there is no second pass."""
     context: str = "w2p"
     """w2p: e is projected from the attributes' word vectors (Eq. 7). random: a free parameter (Table 2's w/o W2P)."""
+    context_init: str = "default"
+    """default: W2P starts as linear layers do, with e about as large as a patch embedding. zero: e starts at zero, so
+    that pass 2 starts equal to pass 1; kinder to short trainings of a pretrained backbone."""
     readout: str = "p2a"
     """p2a: attributes are read off the selected patches (Eq. 10). cls: off the class token (w/o P2A). both: their
     sum, a departure from the paper for backbones whose class token is much stronger than their patch tokens."""
@@ -172,6 +175,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "semantics.pooling": ("mean", "sum"),
     "model.contextualize": ("unselected", "all", "drop", "none"),
     "model.context": ("w2p", "random"),
+    "model.context_init": ("default", "zero"),
     "model.readout": ("p2a", "cls", "both"),
     "model.pooling": ("max", "mean"),
     "model.head_init": ("random", "probe"),

@@ -51,8 +51,7 @@ def embed_attributes(bundle: str, out: str, preset: str, overrides: Sequence[str
             "(--vectors glove.6B.300d.txt)"
         )
     phrases = attribute_phrases(data.info["dataset"], names)
-    pooling = "sum" if config.semantics.pooling == "sum" else "mean"
-    embedding = look_up(phrases, names, vectors, pooling, config.semantics.allow_missing)
+    embedding = look_up(phrases, names, vectors, config.semantics.pooling, config.semantics.allow_missing)
     write_embedding(embedding, Path(out))
     missing = embedding.report["missing_words"]
     log.info("%d attribute vectors of size %d", *embedding.vectors.shape)

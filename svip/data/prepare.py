@@ -102,7 +102,7 @@ def decode(file: Path, store_size: int) -> NDArray[np.uint8]:
 def _try_decode(file: Path, store_size: int) -> NDArray[np.uint8] | str:
     try:
         return decode(file, store_size)
-    except Exception as error:  # noqa: BLE001  # Pillow's plugins raise OSError, SyntaxError, struct.error ...
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error ...
         return str(error) or type(error).__name__
 
 

@@ -218,7 +218,7 @@ def render(description: Mapping[str, str], rng: np.random.Generator, size: int) 
 
 
 def _pose(outline: Points, unit: float, side: int, rng: np.random.Generator) -> Callable[[Points], Points]:
-    """Random mirroring, rotation, scale and place that keep the object in the picture, as a map from units to pixels."""
+    """Random mirroring, rotation, scale and place that keep the object in the picture: a map from units to pixels."""
     angle, scale = rng.uniform(-0.5, 0.5), unit * rng.uniform(0.94, 1.06)
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     mirror = rng.choice([-1.0, 1.0])

@@ -25,9 +25,7 @@ class SeenUnseenCurve:
     """U, likewise, [K + 1]."""
 
     @classmethod
-    def of(
-        cls, scores: NDArray[np.floating], labels: NDArray[np.int64], unseen: NDArray[np.int64]
-    ) -> SeenUnseenCurve:
+    def of(cls, scores: NDArray[np.floating], labels: NDArray[np.int64], unseen: NDArray[np.int64]) -> SeenUnseenCurve:
         """The curve of scores [n, C] over all classes for images with class ids [n]; ``unseen`` [U] class ids.
 
         O(nC + n log n). An image whose difference equals gamma goes to the unseen class. ValueError unless there are

@@ -61,11 +61,17 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     _write_csv(out / "per_class.csv", _per_class(bundle, scores, test.labels, unseen, gamma))
     edges = np.concatenate([curve.steps[:1] - 1, curve.steps])
     _write_csv(out / "curve.csv", pd.DataFrame({"gamma": edges, "seen": curve.seen, "unseen": curve.unseen}))
-    arrays = {"rows": test.rows, "labels": test.labels, "scores": scores, "selected": test.selected}
 
     def save(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez_compressed(file, attributes=test.attributes.numpy(), **arrays)
+        with path.open("wb") as file:  # a path would get the suffix .npz
+            np.savez_compressed(
+                file,
+                rows=test.rows,
+                labels=test.labels,
+                scores=scores,
+                selected=test.selected,
+                attributes=test.attributes.numpy(),
+            )
 
     write_atomically(out / "predictions.npz", save)
     write_json(out / "metrics.json", metrics)

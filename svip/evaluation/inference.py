@@ -49,7 +49,7 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Non
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
-def predict(model: SVIP, config: Config, bundle: Bundle, rows: NDArray[np.int64], label: str = "predict") -> Predictions:
+def predict(model: SVIP, config: Config, bundle: Bundle, rows: NDArray[np.int64], label: str) -> Predictions:
     """Attribute predictions of the test views of those images; a progress bar is called ``label``."""
     device = next(model.parameters()).device
     training = model.training

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
@@ -36,6 +37,9 @@ class Backbone(nn.Module):
                 f"the number of blocks of {config.backbone}"
             )
         self.frozen_blocks = config.frozen_blocks
+        settings = resolve_model_data_config(self.vit)
+        self.normalization: tuple[tuple[float, ...], tuple[float, ...]] = (settings["mean"], settings["std"])
+        """Mean and standard deviation of each channel that the weights expect, in 0..1."""
 
     def embed(self, images: Tensor) -> Tensor:
         """Eq. 1: patch embeddings without position, [B, N, D], of normalised images [B, 3, S, S]."""
@@ -71,7 +75,9 @@ def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
     if local and not Path(config.weights).is_file():
         raise ConfigError(f"model.weights: no file {config.weights}; expected 'timm', 'none' or a .safetensors file")
     if local and not config.weights.endswith(".safetensors"):
-        raise ConfigError(f"model.weights: {config.weights} is not a .safetensors file; convert it (no pickles are read)")
+        raise ConfigError(
+            f"model.weights: {config.weights} is not a .safetensors file; convert it (pickles are not read)"
+        )
     if config.backbone.split(".")[0] not in timm.list_models():
         close = timm.list_models(f"*{config.backbone.split('_')[0]}*")[:5]
         raise ConfigError(f"model.backbone: timm knows no {config.backbone!r}; perhaps one of {', '.join(close)}")
@@ -98,8 +104,10 @@ def _watching(vit: VisionTransformer, hook: AttentionHook | None) -> Iterator[No
     """Hand every block's queries and keys to ``hook`` while the blocks run; the blocks keep their fused attention."""
     handles = []
     if hook is not None:
-        for block in vit.blocks:
-            handles.append(block.attn.qkv.register_forward_hook(_watch(block.attn, hook)))
+        for block in vit.blocks.children():
+            attention = block.attn
+            assert isinstance(attention, Attention)
+            handles.append(attention.qkv.register_forward_hook(_watch(attention, hook)))
     try:
         yield
     finally:

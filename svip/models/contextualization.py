@@ -25,6 +25,11 @@ class WordsToPatch(nn.Module):
         embedded: Tensor = self.to_tokens(self.to_width(self.words).T)  # [D, 4]
         return embedded.T
 
+    def zero(self) -> None:
+        """Make e zero; the gradient of its last layer is not, so it learns at once."""
+        nn.init.zeros_(self.to_tokens.weight)
+        nn.init.zeros_(self.to_tokens.bias)
+
 
 class FreeContext(nn.Module):
     """Table 2's "w/o W2P": e is a free parameter [4, D] that starts at random."""
@@ -35,3 +40,6 @@ class FreeContext(nn.Module):
 
     def forward(self) -> Tensor:
         return self.embedding
+
+    def zero(self) -> None:
+        nn.init.zeros_(self.embedding)

@@ -48,7 +48,8 @@ class AttentionScores:
             self.row = first.float().softmax(-1).mean(1).squeeze(1)
             return
         attention = ((query * scale) @ key.transpose(-2, -1)).float().softmax(-1)  # [B, h, T, T]
-        step = torch.einsum("bt,bhts->bs", self.row, attention)
+        with torch.autocast(query.device.type, enabled=False):  # it would take the row to bf16 in every layer
+            step = (self.row[:, None, None] @ attention).sum((1, 2))  # [B, T]
         self.row = (self.row + step) / (1 + heads)
 
     def groups(self, prefix: int, index: Tensor) -> Tensor:

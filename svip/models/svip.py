@@ -59,9 +59,8 @@ class SVIP(nn.Module):
             self.register_buffer("index", block_index(self.backbone.grid), persistent=False)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        for name in ("mean", "std"):
-            values = torch.tensor(self.backbone.vit.pretrained_cfg[name]).view(3, 1, 1) * 255
-            self.register_buffer(name, values, persistent=False)
+        for name, values in zip(("mean", "std"), self.backbone.normalization, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
         self.groups = len(self.index)
         self.two_passes = config.contextualize != "none"
@@ -81,6 +80,8 @@ class SVIP(nn.Module):
         self.context: WordsToPatch | FreeContext | None = None
         if config.contextualize in ("unselected", "all"):
             self.context = WordsToPatch(words, width) if config.context == "w2p" else FreeContext(width)
+            if config.context_init == "zero":
+                self.context.zero()
         self.patch_head = nn.Linear(4 * width, attributes) if config.readout != "cls" else None
         self.class_head = nn.Linear(width, attributes) if config.readout != "p2a" else None
 

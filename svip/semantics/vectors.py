@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from gensim.models import KeyedVectors
@@ -43,7 +43,7 @@ def embed_attributes(
     phrases: Sequence[Sequence[str]],
     names: Sequence[str],
     vectors_file: Path | str,
-    pooling: Literal["mean", "sum"] = "mean",
+    pooling: str = "mean",
     allow_missing: bool = False,
 ) -> Embedding:
     """Look up the words of each attribute in a GloVe (or word2vec) text file and pool them to vectors [A, V].

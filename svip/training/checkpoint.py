@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from svip.config import Config, flatten, from_yaml, to_yaml
+from svip.models.contextualization import WordsToPatch
 from svip.models.svip import SVIP
 
 
@@ -61,7 +62,7 @@ def load_state(path: Path, model: SVIP, optimizer: Optimizer) -> dict[str, Any]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # torch raises many types for a damaged or foreign file
-        raise CheckpointError(f"{path} can't be resumed from ({error}); delete it, or train into a new folder") from error
+        raise CheckpointError(f"{path} can't be resumed from ({error}); delete it, or use another --out") from error
     torch.set_rng_state(state["rng"])
     if torch.cuda.is_available() and state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -79,8 +80,8 @@ def save_model(directory: Path, model: SVIP, config: Config, info: dict[str, Any
     """A trained model: model.safetensors, config.yaml (what ran) and, last, model.json."""
     save_weights(directory / "model.safetensors", model)
     write_config(directory, config)
-    words = model.context.words.shape if hasattr(model.context, "words") else None
-    shape = {"attributes": info["attributes"], "word_size": words[1] if words else 1}
+    word_size = model.context.words.shape[1] if isinstance(model.context, WordsToPatch) else 1
+    shape = {"attributes": info["attributes"], "word_size": word_size}
     write_json(directory / "model.json", info | shape)
 
 

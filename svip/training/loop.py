@@ -169,7 +169,7 @@ def _train_epoch(
             names = ", ".join(bundle.split["path"].iloc[rows.tolist()])
             raise NonFiniteLoss(
                 f"the loss is {parts['loss']} in phase {phase.name}, epoch {progress.epoch + 1}, step "
-                f"{progress.batch + 1}; its images: {names}. Lower optim.lr or optim.head_lr, or use train.precision=fp32"
+                f"{progress.batch + 1}; its images: {names}. Lower the learning rates, or set train.precision=fp32"
             )
         for name, value in parts.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value * len(labels)

@@ -97,7 +97,7 @@ def test_class_attributes_say_one_value_of_each_group(bundle: Bundle) -> None:
 
 def test_masks_cover_a_tenth_to_six_tenths_of_each_image(bundle: Bundle) -> None:
     cover = np.array([np.asarray(bundle.mask(row)).mean() for row in range(len(bundle.split))])
-    assert 0.10 < cover.min() and cover.max() < 0.60
+    assert cover.min() > 0.10 and cover.max() < 0.60
     assert 0.20 < np.median(cover) < 0.40
 
 
