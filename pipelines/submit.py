@@ -153,6 +153,7 @@ class StepLog(io.TextIOBase):
     INDENT = "    "
     LOGGER = re.compile(r"\[KFP Executor [^\]]*\]: ")
     CHATTER = ("Looking for component", "Loading KFP component", "Wrote executor output file")
+    EMPTY_BAR = re.compile(r": +0%\|")
     COLOUR = re.compile(r"\x1b\[\d+m")
 
     def __init__(self, terminal: TextIO, file: TextIO) -> None:
@@ -185,7 +186,7 @@ class StepLog(io.TextIOBase):
             self._skips_until = f"{self.INDENT}}}"  # a page of JSON
         elif line.startswith(self.INDENT) and line.strip() and self._running:
             said = self.LOGGER.sub("", line.removeprefix(self.INDENT))
-            if not said.startswith(self.CHATTER):
+            if not said.startswith(self.CHATTER) and not self.EMPTY_BAR.search(said):
                 self.tail.append(said)
                 self._show(f"   {said}")
         elif self.ENDS.search(line):
@@ -209,6 +210,7 @@ def _environment() -> Iterator[None]:
     environment, executable = dict(os.environ), sys.executable
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     os.environ["PYTHONUNBUFFERED"] = "1"  # progress has to be seen while a step runs
+    os.environ.setdefault("TQDM_MININTERVAL", "10")  # in a log, each state of a bar is a line of its own
     os.environ.pop("MLFLOW_RUN_ID", None)  # all steps would write to that one run
     # SubprocessRunner puts sys.executable, unquoted, wherever "python3" stands in a command or in an argument. A
     # folder with a space, or with "python3" in its name, breaks that; a name on PATH doesn't.

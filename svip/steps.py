@@ -117,8 +117,9 @@ def evaluate(checkpoint: str, bundle: str, out: str, parent_run_id: str = "") ->
         tracker.log_params(flatten(config))
         honest = metrics["protocols"].get("validation", metrics["protocols"].get("none", {}))
         numbers = {f"test/{name}": value for name, value in honest.items()}
-        for method, results in {"": metrics["protocols"], "eszsl/": metrics["comparators"].get("eszsl", {})}.items():
-            for protocol, values in results.items():
+        methods = {"": metrics, **{f"{name}/": results for name, results in metrics["comparators"].items()}}
+        for method, results in methods.items():
+            for protocol, values in results["protocols"].items():
                 numbers |= {f"test/{method}{protocol}/{name}": value for name, value in values.items()}
         tracker.log_metrics(numbers)
         tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})

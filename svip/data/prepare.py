@@ -70,7 +70,7 @@ def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out
     unreadable = []
     with BundleWriter(out) as writer:
         decoded = decode_all(files, data.store_size)
-        progress = tqdm(decoded, total=len(files), desc="packing", unit="photo", mininterval=1)
+        progress = tqdm(decoded, total=len(files), desc="packing", unit="photo")
         for row, image in zip(table.itertuples(index=False), progress, strict=True):
             if isinstance(image, str):
                 unreadable.append(f"{row.path} ({image})")

@@ -60,7 +60,8 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     gamma = info["gamma"] or 0.0
     _write_csv(out / "per_class.csv", _per_class(bundle, scores, test.labels, unseen, gamma))
     edges = np.concatenate([curve.steps[:1] - 1, curve.steps])
-    _write_csv(out / "curve.csv", pd.DataFrame({"gamma": edges, "seen": curve.seen, "unseen": curve.unseen}))
+    points = pd.DataFrame({"gamma": edges, "seen": 100 * curve.seen, "unseen": 100 * curve.unseen})
+    _write_csv(out / "curve.csv", points)
 
     def save(path: Path) -> None:
         with path.open("wb") as file:  # a path would get the suffix .npz
@@ -97,6 +98,7 @@ def _comparators(model: SVIP, checkpoint: Path, config: Config, bundle: Bundle) 
     """ESZSL on frozen class tokens: of the pretrained backbone, or of the trained one where nothing was pretrained.
 
     In the second case the validation choice uses the backbone of the select phase, which never saw those classes.
+    A comparator's own T1, U, S, H are those at the gamma of the validation classes; ``protocols`` has them all.
     """
     if not config.evaluation.eszsl or not config.train.select:
         return {}
@@ -134,7 +136,8 @@ def _comparators(model: SVIP, checkpoint: Path, config: Config, bundle: Bundle) 
     weights = final.weights(chosen.features, chosen.attributes)
     scores = eszsl.scores(test - mean, weights, bundle.class_attributes)
     unseen = bundle.classes_with("test_unseen")
-    return {"eszsl": protocols(config, scores, test_labels, unseen, chosen.gamma)}
+    honest = zero_shot_metrics(scores, test_labels, unseen, chosen.gamma)
+    return {"eszsl": {**honest, "protocols": protocols(config, scores, test_labels, unseen, chosen.gamma)}}
 
 
 def selection_against_masks(

@@ -112,7 +112,7 @@ def result_rows(metrics: Mapping[str, Any]) -> list[Row]:
     """Rows of the results table: SVIP at each protocol, each comparator at each, chance."""
     rows = []
     methods = [("SVIP", metrics.get("protocols", {}))]
-    methods += [(name.upper(), protocols) for name, protocols in metrics.get("comparators", {}).items()]
+    methods += [(name.upper(), results["protocols"]) for name, results in metrics.get("comparators", {}).items()]
     for method, protocols in methods:
         for protocol in sorted(protocols, key=lambda name: [*PROTOCOLS, name].index(name)):
             rows.append(

@@ -158,7 +158,6 @@ def _train_epoch(
         desc=f"{phase.name} epoch {progress.epoch + 1}/{phase.epochs}",
         initial=progress.batch,
         total=steps_per_epoch,
-        mininterval=1.0,
     )
     for images, labels, rows in bar:
         started = time.perf_counter()

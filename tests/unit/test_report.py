@@ -24,9 +24,12 @@ METRICS: dict[str, Any] = {
     },
     "comparators": {
         "eszsl": {
-            "validation": {"T1": 61.17, "U": 40.44, "S": 49.09, "H": 44.35, "gamma": 0.1523},
-            "none": {"T1": 61.17, "U": 14.72, "S": 56.63, "H": 23.37, "gamma": 0.0},
-            "oracle": {"T1": 61.17, "U": 43.86, "S": 46.28, "H": 45.04, "gamma": 0.1776},
+            **{"T1": 61.17, "U": 40.44, "S": 49.09, "H": 44.35, "gamma": 0.1523},
+            "protocols": {
+                "validation": {"T1": 61.17, "U": 40.44, "S": 49.09, "H": 44.35, "gamma": 0.1523},
+                "none": {"T1": 61.17, "U": 14.72, "S": 56.63, "H": 23.37, "gamma": 0.0},
+                "oracle": {"T1": 61.17, "U": 43.86, "S": 46.28, "H": 45.04, "gamma": 0.1776},
+            },
         }
     },
     "chance": {"T1": 3.333, "U": 1.064, "S": 1.064},
@@ -205,7 +208,7 @@ def test_nan_and_absent_numbers_are_a_dash() -> None:
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     classes = class_table(3, 3)
     classes.loc[0, "class"] = NASTY
-    metrics = {**METRICS, "comparators": {NASTY: METRICS["protocols"]}, "settings": {"note": NASTY}}
+    metrics = {**METRICS, "comparators": {NASTY: {"protocols": METRICS["protocols"]}}, "settings": {"note": NASTY}}
     page = write(tmp_path, metrics=metrics, per_class=classes, lineage={NASTY: NASTY})
     assert "script" not in page.tags
     assert page.text.count(NASTY) >= 5  # comparator, class table, caption, prediction, lineage, settings
