@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+
+def example(command: str) -> str:
+    """The end of a help text; up to 78 columns stay one line in any terminal, and can be copied."""
+    return f"Example:\n\n`{command}`"
+
+
 app = typer.Typer(
-    help="Zero-shot learning with semantically contextualized visual patches, as tracked and resumable steps.",
+    help="Zero-shot learning with semantically contextualized visual patches, as tracked and resumable steps.\n\n"
+    "In order: prepare-data, embed-attributes, train, evaluate, report; `svip pipeline run` does them all.",
+    epilog=example("svip pipeline run experiment --preset smoke --out runs/demo"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -22,7 +33,8 @@ console = Console()
 
 Preset = Annotated[str, typer.Option("--preset", "-p", help="A shipped preset (`svip config --list`) or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as `optim.lr=1e-5`.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as `optim.lr=1e-5`.", show_default=False),
 ]
 Bundle = Annotated[Path, typer.Option("--bundle", help="Split bundle made by `svip prepare-data`.")]
 Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Folder that `svip train` wrote.")]
@@ -30,13 +42,32 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 Parent = Annotated[str, typer.Option("--parent-run-id", help="MLflow run to nest this one under.")]
 
 
-@app.command("prepare-data", epilog="Example: `svip prepare-data --dataset cub --root data --out bundles/cub`")
+@app.callback()
+def set_up(
+    debug: Annotated[bool, typer.Option("--debug", help="Log in detail; show the traceback of an error.")] = False,
+) -> None:
+    """What every command can be told."""
+    if debug:
+        logging.getLogger().setLevel(logging.DEBUG)
+
+
+@app.command("prepare-data", epilog=example("svip prepare-data --dataset cub --root data --out bundle"))
 def prepare_data(
     out: Out,
-    dataset: Annotated[str, typer.Option(help="synthetic, cub, awa2 or sun; empty: the preset's.")] = "",
+    dataset: Annotated[
+        Literal["synthetic", "cub", "awa2", "sun"] | None,
+        typer.Option(
+            metavar="<name>", help="synthetic, cub, awa2 or sun; without it the preset's.", show_default=False
+        ),
+    ] = None,
     root: Annotated[str, typer.Option(help="Folder that holds the archives' content and xlsa17.")] = "",
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without the photos not there.")] = False,
-    preset: Preset = "",
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing photos.")] = False,
+    preset: Annotated[
+        str,
+        typer.Option(
+            "--preset", "-p", help="A shipped preset or a YAML file.", show_default="paper/DATASET; synthetic: smoke"
+        ),
+    ] = "",
     overrides: Overrides = None,
 ) -> None:
     """Make a split bundle (packed images, tables, checksums) of a data set's original archives."""
@@ -44,46 +75,48 @@ def prepare_data(
 
     chosen = list(overrides or [])
     chosen += [f"data.dataset={dataset}"] if dataset else []
-    chosen += [f"data.root={root}"] if root else []
+    chosen += [f"data.root={quoted(root)}"] if root else []
     chosen += ["data.allow_missing=true"] if allow_missing else []
-    preset = preset or ("smoke" if dataset in ("", "synthetic") else f"paper/{dataset}")
+    preset = preset or ("smoke" if dataset in (None, "synthetic") else f"paper/{dataset}")
     info = steps.prepare_data(str(out), preset, chosen)
-    table = Table("role", "images", title=f"{info['dataset']}, {info['split']} split, fold {info['fold']}: {out}")
+    print(f"{info['dataset']}, {info['split']} split, fold {info['fold']}: {out}")
+    table = numbers_table(["role"], ["images"])
     for role, count in info["counts"]["images"].items():
-        table.add_row(role, str(count))
+        table.add_row(role, f"{count:,}")
     console.print(table)
 
 
 @app.command(
-    "embed-attributes",
-    epilog="Example: `svip embed-attributes --bundle bundles/cub --vectors glove.6B.300d.txt --out vectors/cub`",
+    "embed-attributes", epilog=example("svip embed-attributes --bundle bundle --vectors glove.6B.300d.txt --out words")
 )
 def embed_attributes(
     bundle: Bundle,
     out: Out,
-    vectors: Annotated[str, typer.Option(help="Word vectors in GloVe's text format.")] = "",
+    vectors: Annotated[
+        str, typer.Option(help="Word vectors in GloVe's text format; synthetic data brings its own.")
+    ] = "",
     preset: Preset = "smoke",
     overrides: Overrides = None,
 ) -> None:
     """Look up the word vectors of a bundle's attributes."""
     from svip import steps
 
-    report = steps.embed_attributes(
-        str(bundle), str(out), preset, [*(overrides or []), *([f"semantics.vectors={vectors}"] if vectors else [])]
-    )
+    chosen = list(overrides or [])
+    chosen += [f"semantics.vectors={quoted(vectors)}"] if vectors else []
+    report = steps.embed_attributes(str(bundle), str(out), preset, chosen)
     missing = report["missing_words"]
-    console.print(f"{len(report['attributes'])} attribute vectors in {out}; {len(missing)} words out of vocabulary")
+    print(f"{len(report['attributes'])} attribute vectors in {out}; {len(missing)} words out of vocabulary")
     for word, suggestions in missing.items():
-        console.print(f"  {word}: nearest known {', '.join(suggestions) or 'none'}")
+        print(f"  {word}: nearest known {', '.join(suggestions) or 'none'}")
 
 
-@app.command(epilog="Example: `svip train --bundle b --vectors v --out runs/cub --preset paper/cub optim.lr=1e-5`")
+@app.command(epilog=example("svip train -p paper/cub --bundle bundle --vectors words -o run optim.lr=1e-5"))
 def train(
     bundle: Bundle,
     vectors: Annotated[Path, typer.Option("--vectors", help="Folder that `svip embed-attributes` wrote.")],
     out: Out,
     preset: Preset = "smoke",
-    resume: Annotated[bool, typer.Option(help="Go on with what is in --out, bit for bit.")] = True,
+    resume: Annotated[bool, typer.Option(help="Go on with what is in --out, bit for bit, or refuse to.")] = True,
     parent_run_id: Parent = "",
     overrides: Overrides = None,
 ) -> None:
@@ -91,20 +124,22 @@ def train(
     from svip import steps
 
     result = steps.train(str(bundle), str(vectors), str(out), preset, overrides or [], parent_run_id, resume)
-    shown = {name: f"{value:.1f}" for name, value in result.items() if isinstance(value, float)}
-    console.print(f"trained: {out}  (MLflow run {result['run_id']})", *(f"{k} {v}" for k, v in shown.items()))
+    print(f"trained: {out} (MLflow run {result['run_id']})")
+    reached = [f"{name.removeprefix('val/')} {value:.1f}" for name, value in result.items() if name != "run_id"]
+    if reached:
+        print(f"on the validation classes: {', '.join(reached)}")
 
 
-@app.command(epilog="Example: `svip evaluate --checkpoint runs/cub --bundle bundles/cub --out runs/cub/evaluation`")
+@app.command(epilog=example("svip evaluate --checkpoint run --bundle bundle --out test"))
 def evaluate(checkpoint: Checkpoint, bundle: Bundle, out: Out, parent_run_id: Parent = "") -> None:
     """Evaluate a checkpoint: T1, U, S, H by each protocol, beside eszsl and chance."""
     from svip import steps
 
     print_metrics(steps.evaluate(str(checkpoint), str(bundle), str(out), parent_run_id))
-    console.print(f"written to {out}: metrics.json, per_class.csv, curve.csv, predictions.npz")
+    print(f"written to {out}: metrics.json, per_class.csv, curve.csv, predictions.npz")
 
 
-@app.command(epilog="Example: `svip report --evaluation e --checkpoint runs/cub --bundle bundles/cub --out report`")
+@app.command(epilog=example("svip report --evaluation test --checkpoint run --bundle bundle --out report"))
 def report(
     evaluation: Annotated[Path, typer.Option("--evaluation", help="Folder that `svip evaluate` wrote.")],
     checkpoint: Checkpoint,
@@ -115,10 +150,10 @@ def report(
     """Make the HTML page and the Markdown table of an evaluation."""
     from svip import steps
 
-    console.print(f"report: {steps.report(str(evaluation), str(checkpoint), str(bundle), str(out), parent_run_id)}")
+    print(f"report: {steps.report(str(evaluation), str(checkpoint), str(bundle), str(out), parent_run_id)}")
 
 
-@app.command(epilog="Example: `svip config --preset paper/cub optim.lr=1e-5`")
+@app.command(epilog=example("svip config --preset paper/cub optim.lr=1e-5"))
 def config(
     preset: Preset = "smoke",
     names: Annotated[bool, typer.Option("--list", help="List the shipped presets instead.")] = False,
@@ -130,7 +165,7 @@ def config(
     print("\n".join(presets()) if names else to_yaml(load_config(preset, overrides or [])), end="\n" if names else "")
 
 
-@app.command(epilog="Example: `svip benchmark --preset smoke optim.batch_size=32`")
+@app.command(epilog=example("svip benchmark --preset smoke optim.batch_size=32"))
 def benchmark(
     preset: Preset = "smoke",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 5,
@@ -139,20 +174,34 @@ def benchmark(
     """Time a training step and inference against plain timm passes of the same backbone."""
     from svip.benchmark import compare
 
-    table = Table("", "svip", "plain timm", "ratio", title="seconds a batch, median")
+    table = numbers_table(["seconds a batch, median"], ["svip", "plain timm", "ratio"])
     for name, ours, plain in compare(preset, overrides or [], rounds):
         table.add_row(name, f"{ours:.4f}", f"{plain:.4f}", f"{ours / plain:.2f}")
     console.print(table)
 
 
+def quoted(text: str) -> str:
+    """The value of an override that means just this text: YAML would read a folder 1.10 as a number."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def print_metrics(metrics: dict[str, Any]) -> None:
     """The results table, as the report shows it."""
-    from svip import steps
+    from svip.evaluation.report import result_rows
 
-    table = Table("method", "protocol", "T1", "U", "S", "H", "gamma", title="mean of per-class top-1, percent")
-    for row in steps.summary(metrics):
-        table.add_row(*row)
+    print("Accuracy in percent (mean of per-class top-1)")
+    table = numbers_table(["method", "protocol"], ["T1", "U", "S", "H", "gamma"])
+    for row in result_rows(metrics):
+        table.add_row(row.method, row.note, *row.values, style="bold" if row.is_result else None)
     console.print(table)
+
+
+def numbers_table(labels: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table with columns of text, and of numbers set to the right."""
+    table = Table(*labels)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
 
 
 def main() -> None:
@@ -167,7 +216,8 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: {error}", soft_wrap=True)
+        message = escape(f"{type(error).__name__}: {error}")
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {message}", soft_wrap=True)
         sys.exit(1)
 
 

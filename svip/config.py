@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 
 class ConfigError(ValueError):
@@ -218,24 +220,32 @@ def load_config(preset: str = "smoke", overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with the nearest valid name for an unknown key or preset, and for values out of range.
     """
-    tree = OmegaConf.structured(Config)
     source = _preset_path(preset)
     try:
-        loaded = OmegaConf.load(source)
+        loaded = OmegaConf.to_container(OmegaConf.load(source))
     except Exception as error:  # YAML errors have no common base in OmegaConf
         raise ConfigError(f"{source} is not a readable YAML file: {error}") from error
-    _refuse_unknown_keys(OmegaConf.to_container(loaded), str(source))
+    _refuse_unknown_keys(loaded, str(source))
+    assert isinstance(loaded, dict)
+    # a section may be empty: all of its lines commented out
+    layers = [OmegaConf.create({name: section for name, section in loaded.items() if section is not None})]
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override {override!r} has no '='; write it as key=value, e.g. optim.lr=1e-5")
+            raise ConfigError(f"override {override!r} is not of the form key=value, e.g. optim.lr=1e-5")
         _refuse_unknown_key(key, "override")
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except Exception as error:  # YAML's errors again
+            raise ConfigError(
+                f"{key}: can't read {value!r} as YAML; put it in quotes, or close its brackets"
+            ) from error
     try:
-        merged = OmegaConf.merge(tree, loaded, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ConfigKeyError) as error:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
+    except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+        wanted = "; expected a list, such as [none,oracle]" if key == "evaluation.protocols" else ""
+        raise ConfigError(f"{key}: {str(error).splitlines()[0].rstrip('.')}{wanted}") from error
     assert isinstance(config, Config)
     validate(config)
     return config
@@ -243,6 +253,9 @@ def load_config(preset: str = "smoke", overrides: Sequence[str] = ()) -> Config:
 
 def validate(config: Config) -> None:
     """Raise ConfigError for the first value that is out of range."""
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value!r}: expected a finite number")
     for key, allowed in CHOICES.items():
         if get_value(config, key) not in allowed:
             raise ConfigError(f"{key}={get_value(config, key)!r}: expected one of {', '.join(map(str, allowed))}")
@@ -254,6 +267,8 @@ def validate(config: Config) -> None:
     for key in ("optim.beta1", "optim.beta2", "optim.warmup", "data.val_seen_fraction"):
         if not 0 <= get_value(config, key) < 1:
             raise ConfigError(f"{key}={get_value(config, key)!r}: expected 0 <= value < 1")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.train.device):
+        raise ConfigError(f"train.device={config.train.device!r}: expected one of auto, cpu, cuda, cuda:N")
     if config.optim.head_epochs > config.optim.epochs:
         raise ConfigError(
             f"optim.head_epochs={config.optim.head_epochs} is more than optim.epochs={config.optim.epochs}"
@@ -293,7 +308,7 @@ def _preset_path(preset: str) -> Path:
             raise ConfigError(f"preset file {preset} does not exist")
         return Path(preset)
     if preset not in presets():
-        close = difflib.get_close_matches(preset, presets(), n=1)
+        close = difflib.get_close_matches(preset, presets(), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"unknown preset {preset!r}; {hint}there are: {', '.join(presets())}, or a path to a .yaml")
     return Path(str(resources.files("svip") / "presets" / f"{preset}.yaml"))
@@ -315,21 +330,26 @@ def _refuse_unknown_keys(tree: Any, source: str, prefix: str = "") -> None:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in sections:
-            _refuse_unknown_keys(value or {}, source, f"{key}.")
+            _refuse_unknown_keys({} if value is None else value, source, f"{key}.")
         else:
             _refuse_unknown_key(key, source)
 
 
 def _refuse_unknown_key(key: str, source: str) -> None:
-    known: Iterable[str] = _keys(Config)
+    known = _keys(Config)
     if key in known or key.startswith("model.backbone_args."):
         return
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or _same_leaf(key, known)
+    close = _closest(key, known)
     hint = f"did you mean {close[0]!r}?" if close else "`svip config` lists all keys"
     raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
 
 
-def _same_leaf(key: str, known: Iterable[str]) -> list[str]:
-    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1)
-    return [leaves[name] for name in close]
+def _closest(key: str, known: Sequence[str]) -> list[str]:
+    """The field that was meant, if any is close: the right name in a wrong section before a similar name."""
+    leaves = {name: name.rsplit(".", 1)[-1] for name in known}
+    leaf = key.rsplit(".", 1)[-1]
+    same = [name for name in known if leaves[name] == leaf]
+    if same:
+        return difflib.get_close_matches(key, same, n=1, cutoff=0)
+    similar = difflib.get_close_matches(leaf, leaves.values(), n=1)
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [name for name in known if leaves[name] in similar]

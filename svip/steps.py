@@ -71,10 +71,16 @@ def train(
 ) -> dict[str, Any]:
     """Train into ``out``, going on from what is there (``resume`` False: refuse to).
 
-    The run id, and T1, U, S, H and gamma of the validation classes where they were used.
+    The run id, and T1, U, S, H on the validation classes where they were used.
     """
     config = load_config(preset, overrides)
     data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
+    for name in ("dataset", "split", "fold"):  # what is saved has to be what ran
+        if getattr(config.data, name) != data.info[name]:
+            raise ValueError(
+                f"data.{name}={getattr(config.data, name)} (preset {preset}), but the bundle {bundle} has "
+                f"{data.info[name]}; use the preset that it was made with, or override data.{name}={data.info[name]}"
+            )
     if embedding.names != data.attribute_names:
         raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")
     if not resume and directory.exists() and any(directory.iterdir()):
@@ -159,13 +165,6 @@ def variant(config: Config) -> str:
         if value != usual
     ]
     return "-".join(["svip", *changed])
-
-
-def summary(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the results table: method, protocol, T1, U, S, H, gamma (see evaluation.report)."""
-    from svip.evaluation.report import result_rows
-
-    return [[row.method, row.note, *row.values] for row in result_rows(metrics)]
 
 
 def read_metrics(directory: str) -> dict[str, Any]:

@@ -60,7 +60,8 @@ class SeenUnseenCurve:
         point = int(harmonic.argmax())
         edges = np.concatenate([[self.steps[0] - 1], self.steps, [self.steps[-1] + 1]])
         middle = (edges[point] + edges[point + 1]) / 2
-        return float(max(middle, edges[point]))  # rounding must not move it below its interval
+        # between neighbouring floats there is none; the lower edge belongs to the interval, the upper one does not
+        return float(middle if edges[point] < middle < edges[point + 1] else edges[point])
 
     def area(self) -> float:
         """AUSUC, in 0..1: the area under S over U (Chao et al., 2016), trapezoids between the attainable points."""

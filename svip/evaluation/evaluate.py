@@ -171,6 +171,8 @@ def report(
     evaluation: Path, checkpoint: Path, bundle: Bundle, out: Path, lineage: Mapping[str, str] | None = None
 ) -> Path:
     """Write report.html and results.md to ``out`` from what training and evaluation left; the page's path."""
+    if not (evaluation / "metrics.json").is_file():
+        raise FileNotFoundError(f"{evaluation} holds no evaluation (no metrics.json); make one with `svip evaluate`")
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     model, config, info = load_model(checkpoint)
     facts = {
@@ -232,7 +234,8 @@ def _per_class(
     classes = len(bundle.classes)
     is_unseen = np.isin(np.arange(classes), unseen)
     own = np.where(is_unseen[labels][:, None] == is_unseen[None], scores, -np.inf).argmax(1)
-    among_all = (scores - gamma * ~is_unseen).argmax(1)
+    order = np.argsort(~is_unseen, kind="stable")  # unseen first: argmax gives them the ties, as the curve does
+    among_all = order[(scores - gamma * ~is_unseen)[:, order].argmax(1)]
     table = pd.DataFrame(
         {
             "class": bundle.class_names,

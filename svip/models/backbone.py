@@ -5,12 +5,14 @@ SVIP changes tokens between the two and needs each block's attention once, witho
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
@@ -72,14 +74,10 @@ class Backbone(nn.Module):
 
 def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
     local = config.weights not in ("timm", "none")
-    if local and not Path(config.weights).is_file():
-        raise ConfigError(f"model.weights: no file {config.weights}; expected 'timm', 'none' or a .safetensors file")
-    if local and not config.weights.endswith(".safetensors"):
-        raise ConfigError(
-            f"model.weights: {config.weights} is not a .safetensors file; convert it (pickles are not read)"
-        )
-    if config.backbone.split(".")[0] not in timm.list_models():
-        close = timm.list_models(f"*{config.backbone.split('_')[0]}*")[:5]
+    stored = _tensor_names(config.weights) if local else set()
+    name = config.backbone.split(".")[0]
+    if name not in timm.list_models():
+        close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
         raise ConfigError(f"model.backbone: timm knows no {config.backbone!r}; perhaps one of {', '.join(close)}")
     try:
         vit = timm.create_model(
@@ -94,9 +92,32 @@ def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
         )
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"model.backbone: timm cannot build {config.backbone} at {image_size} px: {error}") from error
-    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
+    if (
+        not isinstance(vit, VisionTransformer)
+        or vit.cls_token is None
+        or not all(isinstance(getattr(block, "attn", None), Attention) for block in vit.blocks)  # parallel branches
+    ):
         raise ConfigError(f"model.backbone: {config.backbone} is not a plain vision transformer with a class token")
+    missing = sorted(vit.state_dict().keys() - stored)
+    if local and missing:  # timm would leave them at random without a word
+        raise ConfigError(
+            f"model.weights: {config.weights} lacks {len(missing)} tensors of {config.backbone}, such as {missing[0]}; "
+            "expected timm's keys"
+        )
     return vit
+
+
+def _tensor_names(path: str) -> set[str]:
+    """What a file of weights holds; only its header is read."""
+    if not Path(path).is_file():
+        raise ConfigError(f"model.weights: no file {path}; expected 'timm', 'none' or a .safetensors file")
+    if not path.endswith(".safetensors"):
+        raise ConfigError(f"model.weights: {path} is not a .safetensors file; convert it (pickles are not read)")
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise ConfigError(f"model.weights: {path} cannot be read as safetensors: {error}") from error
 
 
 @contextmanager

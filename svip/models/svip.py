@@ -124,7 +124,8 @@ class SVIP(nn.Module):
 
     def encode_contextualized(self, patches: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Pass 2: final tokens, and the mask of the selected groups among the groups that are left in them."""
-        if self.config.contextualize == "drop":
+        # where every group is selected none is dropped, and the tokens stay in raster order
+        if self.config.contextualize == "drop" and self.config.selected_groups < self.groups:
             kept = selected.nonzero()[:, 1].view(len(selected), -1)  # [B, M], ascending
             tokens = self.backbone.encode(patches, keep=self.index[kept].flatten(1))
             return tokens, torch.ones_like(kept, dtype=torch.bool)
