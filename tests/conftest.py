@@ -7,6 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tensors as small as these tests' gain nothing from a second thread, and wait long for it on a busy machine.
+
+    Training forks processes too, which a pool of threads would not survive.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -168,6 +168,8 @@ def loader(
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        # each iterator draws a seed: from the global generator, a resumed epoch would shift the model's dropout
+        generator=torch.Generator(),
     )
 
 

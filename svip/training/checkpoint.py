@@ -27,8 +27,11 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a temporary file beside ``path``, then give it that name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Have ``write`` fill a temporary file beside ``path``, then give it that name.
+
+    What a killed writer left half-written has that temporary name too, so the next one overwrites it.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         write(temporary)
         with temporary.open("rb") as file:

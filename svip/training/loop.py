@@ -74,6 +74,7 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
     _check_same_data(out, bundle)
     if (out / "model.json").exists():
         log.info("%s: training is already finished", out)
+        (out / "final" / "state.pt").unlink(missing_ok=True)
         return dict(json.loads((out / "model.json").read_text(encoding="utf-8")))
     checkpoint.write_config(out, config)
 
@@ -245,7 +246,7 @@ def _run_cached(
     if not done.exists():
         _, progress = run_phase(phase, config, bundle, words, out, report)
         checkpoint.write_json(done, progress.history)
-        (out / phase.name / "state.pt").unlink()
+    (out / phase.name / "state.pt").unlink(missing_ok=True)
     return list(json.loads(done.read_text(encoding="utf-8")))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"qk_norm": True},
 ]
 """Further arguments of vision transformers whose forward passes differ (DINOv2, DeiT III, CLIP, ViT-22B ...)."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and wait long for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def configure(arguments: dict[str, Any] | None = None, **change: Any) -> ModelConfig:

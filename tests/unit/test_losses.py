@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import log
 from pathlib import Path
 
@@ -21,15 +20,6 @@ from svip.losses import classification, consistency, patch
 KINDS = ("jeffreys", "jsd", "kl")
 LOGITS = arrays(np.float64, st.tuples(st.just(2), st.integers(1, 4), st.integers(2, 6)), elements=st.floats(-30, 30))
 """The logits of both passes, [2, B, S]."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and wait long for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logits_of(*distributions: list[float]) -> Tensor:

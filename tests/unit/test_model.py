@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,15 +39,6 @@ WORDS = torch.randn(ATTRIBUTES, 7, generator=torch.Generator().manual_seed(3))
 SEEN = torch.rand(4, ATTRIBUTES, generator=torch.Generator().manual_seed(4))
 TWO_PASSES = ("unselected", "all", "drop")
 READOUTS = ("p2a", "cls", "both")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and wait long for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(image_size: int = 32, arguments: dict[str, Any] | None = None, **change: Any) -> SVIP:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -20,15 +18,6 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 30))
 SCORES = arrays(np.float32, SHAPES, elements=st.floats(0, 1, width=32)).map(torch.from_numpy)
 FEW_SCORES = arrays(np.float32, SHAPES, elements=st.sampled_from([0.0, 0.25, 0.5, 1.0])).map(torch.from_numpy)
 """Scores [B, G]; the second have many ties."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and wait long for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def eq4_class_row(layers: list[tuple[Tensor, Tensor]], scale: float) -> NDArray[np.float64]:
