@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from svip.config import ConfigError, load_config
-from svip.tracking import close_run, tracking_uri
+from svip.cli import Out, Overrides, Preset, example, print_metrics
+from svip.config import load_config
+from svip.tracking import close_run, shown_uri, tracking_uri
 
 PIPELINES = ("experiment",)
 """Each is the function of that name in the module of that name."""
@@ -36,6 +35,7 @@ RESULTS = {
     "results.md": "report/files/results.md",
 }
 """What a run leaves in its output folder -> where Kubeflow put it, as TASK/ARTIFACT."""
+Name = Annotated[str, typer.Argument(help=f"Which pipeline: {', '.join(PIPELINES)}.", show_default=False)]
 TAIL = 12
 """Lines of a failed step's log that are shown once more at the end."""
 
@@ -46,35 +46,23 @@ class PipelineError(RuntimeError):
     """A pipeline that failed; the message names the step."""
 
 
-@app.command("run")
+@app.command("run", epilog=example("svip pipeline run experiment --preset smoke --out runs/demo"))
 def run_command(
-    name: Annotated[str, typer.Argument(help=f"Which pipeline: {', '.join(PIPELINES)}.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value changes to the preset.")] = None,
-    preset: Annotated[str, typer.Option(help="A preset's name, or the path of a YAML file.")] = "smoke",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/experiment"),
+    name: Name, overrides: Overrides = None, preset: Preset = "smoke", out: Out = Path("runs/experiment")
 ) -> None:
     """Run a pipeline on this machine, each step in a process of its own."""
-    console = Console()
-    try:
-        run(name, preset, overrides or [], out)
-    except (ConfigError, PipelineError) as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    show_results(out, console)
+    run(name, preset, overrides or [], out)
+    show_results(out)
 
 
-@app.command("compile")
+@app.command("compile", epilog=example("svip pipeline compile experiment --out experiment.yaml"))
 def compile_command(
-    name: Annotated[str, typer.Argument(help=f"Which pipeline: {', '.join(PIPELINES)}.")],
-    out: Annotated[Path, typer.Option(help="The YAML file to write.")],
+    name: Name, out: Annotated[Path, typer.Option("--out", "-o", help="The YAML file to write.")]
 ) -> None:
     """Write a pipeline as the YAML file that any Kubeflow Pipelines 2 server takes."""
     from kfp.compiler import Compiler
 
-    try:
-        pipeline = find_pipeline(name)
-    except PipelineError as error:
-        raise typer.BadParameter(str(error)) from error
+    pipeline = find_pipeline(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.stem}.part.yaml")  # the compiler looks at the suffix
     Compiler().compile(pipeline, str(part))
@@ -121,23 +109,13 @@ def run(name: str, preset: str, overrides: list[str], out: Path) -> None:
     _publish(folder, out)
 
 
-def show_results(out: Path, console: Console) -> None:
+def show_results(out: Path) -> None:
     """Print the accuracies, and where everything is."""
-    from svip.evaluation.report import result_rows
-
-    table = Table(title="Accuracy in percent (mean of per-class top-1); bold: the result", title_justify="left")
-    for column in ("method", "protocol"):
-        table.add_column(column)
-    for column in ("T1", "U", "S", "H", "gamma"):
-        table.add_column(column, justify="right")
-    for row in result_rows(json.loads((out / "metrics.json").read_text())):
-        table.add_row(row.method, row.note, *row.values, style="bold" if row.is_result else None)
-    console.print(table)
+    print_metrics(json.loads((out / "metrics.json").read_text()))
     for label, path in {"Report": "report.html", "Numbers": "metrics.json", "Checkpoint": "checkpoint"}.items():
-        console.print(f"{label + ':':<12}{out / path}", soft_wrap=True, highlight=False, markup=False)
-    uri = tracking_uri()
-    server = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite") else uri
-    console.print(f"{'MLflow:':<12}{server}", soft_wrap=True, highlight=False, markup=False)
+        print(f"{label + ':':<12}{out / path}")
+    uri = shown_uri()
+    print(f"{'MLflow:':<12}{f'mlflow ui --backend-store-uri {shlex.quote(uri)}' if uri.startswith('sqlite') else uri}")
 
 
 class StepLog(io.TextIOBase):

@@ -5,7 +5,6 @@ Arguments are plain strings and lists, so that every caller can pass them; what 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,11 +164,6 @@ def variant(config: Config) -> str:
         if value != usual
     ]
     return "-".join(["svip", *changed])
-
-
-def read_metrics(directory: str) -> dict[str, Any]:
-    """metrics.json of an evaluation."""
-    return dict(json.loads((Path(directory) / "metrics.json").read_text(encoding="utf-8")))
 
 
 def _experiment(config: Config) -> str:

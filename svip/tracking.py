@@ -6,16 +6,18 @@ it goes through MlflowClient, so no run is ever "active" in the process and MLfl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +57,15 @@ class TrackingError(RuntimeError):
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else the SQLite file ``mlflow.db`` of the current folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def shown_uri() -> str:
+    """The tracking URI for messages: without a password."""
+    return _without_password(tracking_uri())
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//([^/:@\s]*):[^@/\s]*@", r"//\1:***@", text)
 
 
 class Tracker:
@@ -130,6 +141,21 @@ class Tracker:
         self._client.set_terminated(self.run_id, status)
 
 
+@contextlib.contextmanager
+def _reaching_the_store() -> Iterator[None]:
+    """MLflow's own errors as one line that says which store it was and what to look at."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow at {shown_uri()} can't be used; check MLFLOW_TRACKING_URI, and that its server runs. "
+            f"It says: {_without_password(str(error).splitlines()[0])}"
+        ) from None  # whose traceback would show the password
+
+
+@_reaching_the_store()
 def open_tracker(
     experiment: str,
     run_name: str,
@@ -151,9 +177,9 @@ def open_tracker(
     tags = _tags(tags)
     wanted = os.environ.get("MLFLOW_RUN_ID")
     if wanted and not _exists(client, wanted):
-        raise TrackingError(f"MLFLOW_RUN_ID={wanted}: {tracking_uri()} has no such run; unset it to open a new run")
+        raise TrackingError(f"MLFLOW_RUN_ID={wanted}: {shown_uri()} has no such run; unset it to open a new run")
     if run_id and not wanted and not _exists(client, run_id):
-        log.warning("run %s is not in %s: its training goes on in a new run", run_id, tracking_uri())
+        log.warning("run %s is not in %s: its training goes on in a new run", run_id, shown_uri())
         run_id = None
     run_id = wanted or run_id
     if not run_id:
@@ -166,6 +192,7 @@ def open_tracker(
     return tracker
 
 
+@_reaching_the_store()
 def open_run(pipeline: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str:
     """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run."""
     client = _client(tracking_uri())
@@ -176,6 +203,7 @@ def open_run(pipeline: str, experiment: str, params: Mapping[str, Any], tags: Ma
     return run.info.run_id
 
 
+@_reaching_the_store()
 def close_run(run: str, status: str) -> None:
     """End a parent run: FINISHED, FAILED or KILLED (or, as Kubeflow says, SUCCEEDED or CANCELLED).
 
@@ -188,7 +216,7 @@ def close_run(run: str, status: str) -> None:
     client = _client(tracking_uri())
     is_id = len(run) == 32 and set(run) <= set("0123456789abcdef")
     if is_id and not _exists(client, run):
-        raise TrackingError(f"run {run}: {tracking_uri()} has no such run")
+        raise TrackingError(f"run {run}: {shown_uri()} has no such run")
     for run_id in [run] if is_id else _open_runs(client, run):
         client.set_terminated(run_id, STATUSES[status])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -171,10 +171,3 @@ def loader(
         # each iterator draws a seed: from the global generator, a resumed epoch would shift the model's dropout
         generator=torch.Generator(),
     )
-
-
-def to_input(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Normalised float32 [B, 3, S, S], on the images' device, of uint8 images; mean and std per channel in 0..1."""
-    shift = torch.tensor(mean, device=images.device).view(3, 1, 1) * 255
-    scale = torch.tensor(std, device=images.device).view(3, 1, 1) * 255
-    return (images.float() - shift) / scale

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from svip.config import DataConfig
 from svip.data.bundle import Bundle, BundleWriter
-from svip.data.images import EpochBatches, ImageDataset, center, loader, random_crop, resize, short_side, to_input
+from svip.data.images import EpochBatches, ImageDataset, center, loader, random_crop, resize, short_side
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -178,10 +178,3 @@ def test_loader_collates_in_order_whatever_the_workers(bundle: Bundle, workers: 
         assert rows.tolist() == [position + 4 for _, position in items]
         assert class_ids.tolist() == [row % 2 for row in rows.tolist()]
         assert torch.equal(images, torch.stack([views[item][0] for item in items]))
-
-
-def test_to_input_normalises_each_channel() -> None:
-    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
-    result = to_input(images, (0.5, 0.5, 0.1), (0.25, 0.5, 0.2))
-    assert result.dtype == torch.float32
-    assert result.flatten().tolist() == pytest.approx([-2.0, 1.0, 0.5])
