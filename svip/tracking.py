@@ -284,6 +284,7 @@ def _client(uri: str) -> MlflowClient:
     """A client that leaves the terminal alone; the first one of a new SQLite file makes its tables (seconds)."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 

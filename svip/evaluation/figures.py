@@ -280,7 +280,9 @@ def _draw_history(
             axes.plot([], [], color=PALETTE["muted"], linestyle=PHASES[phase], label=f"{phase} phase")
         _legend_above(axes.get_figure(root=True), 2)
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+    if axes.dataLim.width == 0:  # a single epoch
+        axes.set_xlim(axes.dataLim.x0 - 0.5, axes.dataLim.x0 + 0.5)
     axes.margins(x=0.02)
     axes.grid(axis="y")
     axes.set_ylim(bottom, axes.get_ylim()[1])  # from here on the limits stand, as the labels need them

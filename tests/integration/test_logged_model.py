@@ -44,6 +44,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory, store_file: Path) -> tuple[
             f"data.image_size={SIDE}",
             "data.store_size=32",
             "model.selected_groups=2",
+            "model.sigma=20",
         ],
     )
     model = SVIP(config.model, SIDE, torch.randn(3, 5, generator=torch.Generator().manual_seed(0))).eval()
