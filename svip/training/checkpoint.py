@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.optim import Optimizer
 
 from svip.config import Config, flatten, from_yaml, to_yaml
@@ -76,7 +76,8 @@ def load_state(path: Path, model: SVIP, optimizer: Optimizer) -> dict[str, Any]:
 def save_weights(path: Path, model: SVIP) -> None:
     """The model alone, as safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    # not save_file, which makes a file that only its owner can read, whatever the umask
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors)))
 
 
 def save_model(directory: Path, model: SVIP, config: Config, info: dict[str, Any]) -> None:
