@@ -20,6 +20,7 @@ from svip.semantics.attributes import attribute_phrases
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import read_embedding, write_embedding
 from svip.training.checkpoint import load_model
+from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def train(
         raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")
     if not resume and directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; resume it (--resume), or train into another --out")
+    check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
     record = directory / "run_id"
     tags = {"preset": preset, "bundle_sha256": data.sha256, "variant": variant(config), "step": "train"}
     with tracking.open_tracker(
@@ -103,9 +105,12 @@ def train(
             tracker.log_metrics({f"{prefix}{name}": value for name, value in metrics.items()}, epoch)
 
         info = train_model(config, data, embedding.vectors, directory, report_epoch)
-        for name in ("config.yaml", "model.json", "history.json"):
-            tracker.log_artifact(directory / name)
-        tracking.log_checkpoint_model(tracker, directory, data.path)
+        logged = directory / "logged_run_id"  # a rerun adds no second model to the run
+        if not logged.exists() or logged.read_text() != tracker.run_id:
+            for name in ("config.yaml", "model.json", "history.json"):
+                tracker.log_artifact(directory / name)
+            tracking.log_checkpoint_model(tracker, directory, data.path)
+            logged.write_text(tracker.run_id)
         validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
         return {"run_id": tracker.run_id, **validation}
 

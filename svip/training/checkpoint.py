@@ -64,12 +64,12 @@ def load_state(path: Path, model: SVIP, optimizer: Optimizer) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        progress: dict[str, Any] = state["progress"]
     except Exception as error:  # torch raises many types for a damaged or foreign file
-        raise CheckpointError(f"{path} can't be resumed from ({error}); delete it, or use another --out") from error
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available() and state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    progress: dict[str, Any] = state["progress"]
+        raise CheckpointError(f"{path} can't be resumed from ({error!r}); delete it, or use another --out") from error
     return progress
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,7 +37,7 @@ Log = Callable[[dict[str, float], int, str], None]
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became infinite or not a number; the message names the phase, step and images."""
+    """The loss or its gradient became infinite or not a number; the message names the phase, step and images."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
     words: attribute vectors float32 [A, V]. Raises NonFiniteLoss, ConfigError or CheckpointError.
     """
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.check_resumable(out, config)
-    _check_same_data(out, bundle)
+    check_resumable(config, bundle, words, out)
+    record = "\n".join(_digests(bundle, words)) + "\n"
+    checkpoint.write_atomically(out / "bundle.sha256", lambda temporary: temporary.write_text(record))
     if (out / "model.json").exists():
         log.info("%s: training is already finished", out)
         (out / "final" / "state.pt").unlink(missing_ok=True)
@@ -83,7 +86,7 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
     if config.train.select:
         select = Phase("select", ("train",), ("train",), config.optim.epochs)
         history = _run_cached(select, config, bundle, words, out, report)
-        best = max(history, key=lambda entry: entry["val/H"])
+        best = _best(history)
         log.info("chosen on the validation classes: epoch %d, gamma %.3f", best["epoch"], best["val/gamma"])
     final = Phase("final", TRAINVAL, ("train", "val_unseen"), best.get("epoch", config.optim.epochs))
     model, progress = run_phase(final, config, bundle, words, out, report)
@@ -125,7 +128,7 @@ def run_phase(
     while progress.epoch < phase.epochs:
         _train_epoch(phase, config, bundle, model, optimizer, dataset, progress, state)
         entry = _finish_epoch(phase, config, bundle, model, progress)
-        if "val/H" in entry and entry["val/H"] >= max(e["val/H"] for e in progress.history):
+        if phase.name == "select" and _best(progress.history) is entry:
             checkpoint.save_weights(folder / "best.safetensors", model)
         checkpoint.save_state(state, model, optimizer, vars(progress))
         report({k: v for k, v in entry.items() if "/" in k}, entry["epoch"], phase.name)
@@ -165,10 +168,11 @@ def _train_epoch(
         step = progress.epoch * steps_per_epoch + progress.batch
         set_rates(optimizer, rate_factor(config.optim, step, steps_per_epoch))
         parts = train_step(model, optimizer, config, images.to(device), position[labels].to(device), seen)
-        if not np.isfinite(parts["loss"]):
+        broken = next((name for name, value in parts.items() if not np.isfinite(value)), None)
+        if broken:
             names = ", ".join(bundle.split["path"].iloc[rows.tolist()])
             raise NonFiniteLoss(
-                f"the loss is {parts['loss']} in phase {phase.name}, epoch {progress.epoch + 1}, step "
+                f"the {broken} is {parts[broken]} in phase {phase.name}, epoch {progress.epoch + 1}, step "
                 f"{progress.batch + 1}; its images: {names}. Lower the learning rates, or set train.precision=fp32"
             )
         for name, value in parts.items():
@@ -186,7 +190,8 @@ def train_step(
 ) -> dict[str, float]:
     """One step on uint8 images [B, 3, S, S] with targets [B] among the seen classes' attributes [S, A].
 
-    Returns the losses, unweighted but for their sum ``loss``. A non-finite loss changes nothing.
+    Returns the losses, unweighted but for their sum ``loss``. A non-finite loss changes nothing, nor does a non-finite
+    gradient of a finite one: its norm is then returned too, as ``gradient``.
     """
     with autocast(config, images.device):
         passes = model(images)
@@ -205,9 +210,11 @@ def train_step(
     if np.isfinite(values["loss"]):
         optimizer.zero_grad(set_to_none=True)
         total.backward()
-        if config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf).item()
+        if np.isfinite(norm):
+            optimizer.step()
+        else:
+            values["gradient"] = norm
     return values
 
 
@@ -250,11 +257,24 @@ def _run_cached(
     return list(json.loads(done.read_text(encoding="utf-8")))
 
 
-def _check_same_data(out: Path, bundle: Bundle) -> None:
+def _best(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The epoch of the best validation H (the first of them, where several are best)."""
+    return max(history, key=lambda entry: entry["val/H"])
+
+
+def check_resumable(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path) -> None:
+    """Raise CheckpointError where ``out`` was begun with another configuration, bundle or word vectors."""
+    checkpoint.check_resumable(out, config)
     record = out / "bundle.sha256"
-    if record.exists() and record.read_text().strip() != bundle.sha256:
-        raise checkpoint.CheckpointError(
-            f"{out} was begun on another bundle (sha256 {record.read_text().strip()[:12]}, "
-            f"now {bundle.sha256[:12]} in {bundle.path}); use that one, or another --out"
-        )
-    checkpoint.write_atomically(record, lambda temporary: temporary.write_text(bundle.sha256 + "\n"))
+    before = record.read_text().split() if record.exists() else []
+    # older folders hold the bundle's digest only
+    for name, old, now in zip(("another bundle", "other word vectors"), before, _digests(bundle, words), strict=False):
+        if old != now:
+            raise checkpoint.CheckpointError(
+                f"{out} was begun with {name} (sha256 {old[:12]}, now {now[:12]}); use the same to resume, "
+                "or another --out"
+            )
+
+
+def _digests(bundle: Bundle, words: NDArray[np.float32]) -> tuple[str, str]:
+    return bundle.sha256, hashlib.sha256(words.tobytes()).hexdigest()
