@@ -29,6 +29,11 @@ from svip.config import from_yaml
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+# before mlflow is imported anywhere below: it reads them, and starts its telemetry, at import
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
 log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -65,7 +70,8 @@ def shown_uri() -> str:
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"//([^/:@\s]*):[^@/\s]*@", r"//\1:***@", text)
+    text = re.sub(r"//([^/:@\s]*):\S*@", r"//\1:***@", text)
+    return re.sub(r"((?:password|token|secret)=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
 
 
 class Tracker:
@@ -148,7 +154,7 @@ def _reaching_the_store() -> Iterator[None]:
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, ImportError) as error:  # a database's driver may be missing
         raise TrackingError(
             f"MLflow at {shown_uri()} can't be used; check MLFLOW_TRACKING_URI, and that its server runs. "
             f"It says: {_without_password(str(error).splitlines()[0])}"
@@ -282,9 +288,6 @@ def git_sha() -> str:
 @functools.cache
 def _client(uri: str) -> MlflowClient:
     """A client that leaves the terminal alone; the first one of a new SQLite file makes its tables (seconds)."""
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 

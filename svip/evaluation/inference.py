@@ -74,6 +74,8 @@ def frozen_features(
     The class token [n, D]; with ``patches`` the mean merged group stands behind it, [n, D + E].
     """
     device = next(model.parameters()).device
+    training = model.training
+    model.eval()
     features, labels = [], []
     for images, classes in _batches(config, bundle, rows, "features"):
         with autocast(config, device):
@@ -83,6 +85,7 @@ def frozen_features(
             row = torch.cat([row, tokens[:, model.backbone.prefix :][:, model.index].mean(1).flatten(1)], 1)
         features.append(row.float().cpu())
         labels.append(classes)
+    model.train(training)
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
 

@@ -215,3 +215,27 @@ def test_an_unreachable_server_is_named_without_its_password(monkeypatch: pytest
     with pytest.raises(tracking.TrackingError, match=r"MLflow at http://someone:\*\*\*@127\.0\.0\.1:9 can't") as caught:
         tracking.open_tracker("svip/test", "run")
     assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:p@ss@host:5000", "http://user:***@host:5000"),
+        ("postgresql://user:a/b@host/runs", "postgresql://user:***@host/runs"),
+        ("postgresql://host/runs?user=u&password=zz&x=1", "postgresql://host/runs?user=u&password=***&x=1"),
+        ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+    ],
+)
+def test_no_password_is_shown(uri: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking.shown_uri() == shown
+
+
+def test_mlflows_telemetry_is_off_before_mlflow_is_imported() -> None:
+    code = (
+        "import os, sys; from svip import tracking; assert 'mlflow' not in sys.modules;"
+        "print(os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "true\n"
