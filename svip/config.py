@@ -293,6 +293,23 @@ def flatten(config: Config) -> dict[str, Any]:
     return {key: get_value(config, key) for key in _keys(Config)}
 
 
+def variant(config: Config) -> str:
+    """A short name of what is trained: svip, baseline, or the switches that make it another one."""
+    model = config.model
+    if model.contextualize == "none" and model.readout == "cls":
+        return "baseline"
+    changed = [
+        f"{name}={value}"
+        for name, value, usual in (
+            ("contextualize", model.contextualize, "unselected"),
+            ("context", model.context, "w2p"),
+            ("readout", model.readout, "p2a"),
+        )
+        if value != usual
+    ]
+    return "-".join(["svip", *changed])
+
+
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 

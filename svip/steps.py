@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svip import tracking
-from svip.config import Config, flatten, load_config
+from svip.config import Config, flatten, load_config, variant
 from svip.data.bundle import read_bundle
 from svip.data.prepare import prepare_data as make_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
@@ -152,23 +152,6 @@ def report(evaluation: str, checkpoint: str, bundle: str, out: str, parent_run_i
 def close_run(run_id: str, status: str) -> None:
     """End the parent run: FINISHED, FAILED or KILLED."""
     tracking.close_run(run_id, status)
-
-
-def variant(config: Config) -> str:
-    """A short name of what is trained: svip, baseline, or the switches that make it another one."""
-    model = config.model
-    if model.contextualize == "none" and model.readout == "cls":
-        return "baseline"
-    changed = [
-        f"{name}={value}"
-        for name, value, usual in (
-            ("contextualize", model.contextualize, "unselected"),
-            ("context", model.context, "w2p"),
-            ("readout", model.readout, "p2a"),
-        )
-        if value != usual
-    ]
-    return "-".join(["svip", *changed])
 
 
 def _experiment(config: Config) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from svip.config import Config, flatten
+from svip.config import Config, flatten, variant
 from svip.data.bundle import TRAINVAL, Bundle
 from svip.data.images import center, resize
 from svip.evaluation import eszsl
@@ -44,6 +44,7 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     scores = test.scores(model, bundle.class_attributes)
     curve = SeenUnseenCurve.of(scores, test.labels, unseen)
     metrics: dict[str, Any] = {
+        "method": variant(config),
         "protocols": protocols(config, scores, test.labels, unseen, info["gamma"]),
         "comparators": _comparators(model, checkpoint, config, bundle),
         "chance": chance(len(bundle.classes) - len(unseen), len(unseen)),

@@ -88,7 +88,7 @@ def write_report(
     classes = pd.DataFrame() if per_class is None else per_class
     page = _template().render(
         palette=figures.PALETTE,
-        title=_title(settings, lineage),
+        title=_title(metrics, settings, lineage),
         sentence=_sentence(metrics, settings, lineage),
         rows=result_rows(metrics),
         curve=_curve_svg(metrics, curve),
@@ -109,9 +109,10 @@ def write_report(
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[Row]:
-    """Rows of the results table: SVIP at each protocol, each comparator at each, chance."""
+    """Rows of the results table: the trained model at each protocol, each comparator at each, chance."""
     rows = []
-    methods = [("SVIP", metrics.get("protocols", {}))]
+    trained = method_name(metrics)
+    methods = [(trained, metrics.get("protocols", {}))]
     methods += [(name.upper(), results["protocols"]) for name, results in metrics.get("comparators", {}).items()]
     for method, protocols in methods:
         for protocol in sorted(protocols, key=lambda name: [*PROTOCOLS, name].index(name)):
@@ -121,13 +122,19 @@ def result_rows(metrics: Mapping[str, Any]) -> list[Row]:
                     protocol,
                     PROTOCOLS.get(protocol, protocol),
                     _cells(protocols[protocol]),
-                    is_result=method == "SVIP" and protocol == "validation",
+                    is_result=method == trained and protocol == "validation",
                     on_test=protocol in ("oracle", "published"),
                 )
             )
     if metrics.get("chance"):
         rows.append(Row("Chance", "", "a class drawn at random", _cells(metrics["chance"])))
     return rows
+
+
+def method_name(metrics: Mapping[str, Any]) -> str:
+    """What was trained, such as SVIP, SVIP-readout=cls or Baseline."""
+    name = str(metrics.get("method", "svip"))
+    return name.replace("svip", "SVIP", 1) if name.startswith("svip") else name.capitalize()
 
 
 def markdown_table(metrics: Mapping[str, Any]) -> str:
@@ -146,10 +153,11 @@ def _template() -> Any:
     return environment.from_string(resources.files("svip.evaluation").joinpath("report.html").read_text("utf-8"))
 
 
-def _title(settings: Mapping[str, Any], lineage: Mapping[str, str]) -> str:
+def _title(metrics: Mapping[str, Any], settings: Mapping[str, Any], lineage: Mapping[str, str]) -> str:
+    method = method_name(metrics)
     dataset = settings.get("data.dataset") or lineage.get("dataset")
     names = {"cub": "CUB", "awa2": "AwA2", "sun": "SUN", "synthetic": "synthetic data"}
-    return f"SVIP on {names.get(dataset, dataset)}" if dataset else "SVIP"
+    return f"{method} on {names.get(dataset, dataset)}" if dataset else method
 
 
 def _sentence(metrics: Mapping[str, Any], settings: Mapping[str, Any], lineage: Mapping[str, str]) -> str:

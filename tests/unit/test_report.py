@@ -296,3 +296,13 @@ def test_hatching_refuses_a_mask_in_place_of_the_grid() -> None:
 )
 def test_names_read_as_words(name: str, expected: str) -> None:
     assert figures.readable(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "shown"), [("svip", "SVIP"), ("svip-readout=cls", "SVIP-readout=cls"), ("baseline", "Baseline")]
+)
+def test_the_table_and_the_title_say_what_was_trained(tmp_path: Path, method: str, shown: str) -> None:
+    page = write(tmp_path, metrics={**METRICS, "method": method})
+    row = (tmp_path / "results.md").read_text("utf-8").splitlines()[2]
+    assert row.startswith(f"| **{shown}** |")
+    assert f"{shown} on CUB" in page.text
