@@ -19,7 +19,7 @@ from svip.evaluation.evaluate import report as make_report
 from svip.semantics.attributes import attribute_phrases
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import read_embedding, write_embedding
-from svip.training.checkpoint import load_model
+from svip.training.checkpoint import read_config
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
 
@@ -118,7 +118,7 @@ def train(
 def evaluate(checkpoint: str, bundle: str, out: str, parent_run_id: str = "") -> dict[str, Any]:
     """Evaluate a checkpoint on the test images by every protocol of its configuration; metrics.json's content."""
     data = read_bundle(Path(bundle))
-    _, config, _ = load_model(Path(checkpoint))
+    config = read_config(Path(checkpoint))
     tags = {"bundle_sha256": data.sha256, "variant": variant(config), "step": "evaluate"}
     with tracking.open_tracker(
         _experiment(config), f"evaluate-{variant(config)}", parent_run_id=parent_run_id or None, tags=tags

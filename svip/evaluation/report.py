@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from svip.evaluation import figures
+from svip.training.checkpoint import write_text
 
 COLUMNS = ("T1", "U", "S", "H")
 PROTOCOLS = {
@@ -104,8 +105,9 @@ def write_report(
         settings=settings,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write(out_dir / "results.md", markdown_table(metrics))
-    return _write(out_dir / "report.html", page)
+    write_text(out_dir / "results.md", markdown_table(metrics))
+    write_text(out_dir / "report.html", page)
+    return out_dir / "report.html"
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[Row]:
@@ -288,10 +290,3 @@ def _require(table: pd.DataFrame | None, name: str, columns: Sequence[str]) -> N
     missing = [column for column in columns if table is not None and column not in table.columns]
     if missing and table is not None:
         raise ValueError(f"{name}: lacks the columns {missing}; it has {list(table.columns)}")
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of it."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    return unfinished.replace(path)

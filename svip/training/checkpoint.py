@@ -41,9 +41,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2) + "\n"
+def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def save_state(path: Path, model: SVIP, optimizer: Optimizer, progress: dict[str, Any]) -> None:
@@ -91,9 +94,7 @@ def save_model(directory: Path, model: SVIP, config: Config, info: dict[str, Any
 
 def load_model(directory: Path, weights: str = "model.safetensors") -> tuple[SVIP, Config, dict[str, Any]]:
     """The model (on the CPU, in evaluation mode), its configuration, and model.json's content."""
-    if not (directory / "model.json").is_file():
-        raise CheckpointError(f"{directory} holds no finished training (no model.json); run `svip train --out` on it")
-    config = from_yaml(directory / "config.yaml")
+    config = read_config(directory)
     info: dict[str, Any] = json.loads((directory / "model.json").read_text(encoding="utf-8"))
     architecture = dataclasses.replace(config.model, weights="none")  # they are all in the checkpoint
     model = SVIP(architecture, config.data.image_size, torch.zeros(info["attributes"], info["word_size"]))
@@ -104,8 +105,15 @@ def load_model(directory: Path, weights: str = "model.safetensors") -> tuple[SVI
     return model.eval(), config, info
 
 
+def read_config(directory: Path) -> Config:
+    """The configuration of a finished training; CheckpointError where there is none."""
+    if not (directory / "model.json").is_file():
+        raise CheckpointError(f"{directory} holds no finished training (no model.json); run `svip train --out` on it")
+    return from_yaml(directory / "config.yaml")
+
+
 def write_config(directory: Path, config: Config) -> None:
-    write_atomically(directory / "config.yaml", lambda temporary: temporary.write_text(to_yaml(config)))
+    write_text(directory / "config.yaml", to_yaml(config))
 
 
 def check_resumable(directory: Path, config: Config) -> None:

@@ -73,8 +73,7 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
     """
     out.mkdir(parents=True, exist_ok=True)
     check_resumable(config, bundle, words, out)
-    record = "\n".join(_digests(bundle, words)) + "\n"
-    checkpoint.write_atomically(out / "bundle.sha256", lambda temporary: temporary.write_text(record))
+    checkpoint.write_text(out / "bundle.sha256", "\n".join(_digests(bundle, words)) + "\n")
     if (out / "model.json").exists():
         log.info("%s: training is already finished", out)
         (out / "final" / "state.pt").unlink(missing_ok=True)

@@ -16,37 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
+from small_training import ATTRIBUTES, TINY, write_bundle
 
 from svip import steps
 from svip.config import load_config
-from svip.data.bundle import Bundle, BundleWriter
+from svip.data.bundle import Bundle
 from svip.semantics.vectors import Embedding, write_embedding
 from svip.training import checkpoint, loop
 
-SIZE, ATTRIBUTES = 16, 6
-CLASS_ROLES = ["train"] * 4 + ["val_unseen"] * 2 + ["test_unseen"] * 2
 IMAGE_ROLES = {
     "train": ["train"] * 8 + ["val_seen", "test_seen"],
     "val_unseen": ["val_unseen"] * 4 + ["test_seen"],
     "test_unseen": ["test_unseen"] * 3,
 }
-TINY = [
-    "model.backbone_args={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}",
-    "model.selected_groups=2",
-    "model.hidden=8",
-    f"data.image_size={SIZE}",
-    "data.train_view=random_crop",
-    "data.flip=true",
-    "optim.batch_size=4",
-    "optim.epochs=3",
-    "train.device=cpu",
-    "train.checkpoint_steps=2",
-]
+OPTIONS = [*TINY, "train.checkpoint_steps=2"]
 STEPS = 8  # of an epoch of the select phase
 FINAL_STEPS = 11  # of the final phase, which has 44 images
 FILES = {
@@ -64,32 +51,12 @@ class Inputs:
     vectors: Path
 
     def arguments(self, out: Path, *overrides: str) -> tuple[str, str, str, str, list[str]]:
-        return str(self.bundle.path), str(self.vectors), str(out), "smoke", [*TINY, *overrides]
+        return str(self.bundle.path), str(self.vectors), str(out), "smoke", [*OPTIONS, *overrides]
 
     def train(self, out: Path, *overrides: str) -> dict[str, Any]:
         """Train without MLflow."""
         words = np.load(self.vectors / "vectors.npy")
-        return loop.train(load_config("smoke", [*TINY, *overrides]), self.bundle, words, out, lambda *_: None)
-
-
-def write_bundle(path: Path, other_tests: bool = False) -> Bundle:
-    """Eight classes of noise around a colour; ``other_tests``: nothing that belongs to testing is the same."""
-    random, strange = np.random.default_rng(0), np.random.default_rng(1)
-    matrix = random.random((len(CLASS_ROLES), ATTRIBUTES))
-    with BundleWriter(path) as writer:
-        for class_id, class_role in enumerate(CLASS_ROLES):
-            for index, role in enumerate(IMAGE_ROLES[class_role]):
-                colour = np.array([class_id % 2, class_id // 2 % 2, class_id // 4]) * 180
-                image = np.clip(colour + random.normal(40, 20, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
-                if other_tests and role.startswith("test"):
-                    image = strange.integers(0, 256, image.shape, dtype=np.uint8)
-                writer.add(f"{class_id}/{index}.png", class_id, role, image)
-            if other_tests and class_role == "test_unseen":
-                matrix[class_id] = np.nan
-        names = pd.DataFrame({"name": [f"class {i}" for i in range(len(CLASS_ROLES))], "role": CLASS_ROLES})
-        attributes = pd.DataFrame(matrix, columns=[f"has::{i}" for i in range(ATTRIBUTES)])
-        info = {"dataset": "synthetic", "split": "standard", "fold": 1}
-        return writer.finish(pd.concat([names, attributes], axis=1), info)
+        return loop.train(load_config("smoke", [*OPTIONS, *overrides]), self.bundle, words, out, lambda *_: None)
 
 
 def write_vectors(folder: Path, bundle: Bundle, seed: int) -> Path:
@@ -101,7 +68,7 @@ def write_vectors(folder: Path, bundle: Bundle, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("inputs")
-    bundle = write_bundle(folder / "bundle")
+    bundle = write_bundle(folder / "bundle", IMAGE_ROLES)
     return Inputs(bundle, write_vectors(folder / "words", bundle, seed=1))
 
 
@@ -287,7 +254,7 @@ def test_resume_false_takes_an_empty_or_absent_folder(inputs: Inputs, tmp_path: 
 
 def test_nothing_of_the_test_part_has_any_influence(inputs: Inputs, whole: Path, tmp_path: Path) -> None:
     """Other test images, and attributes of the unseen classes that would turn any sum into nan: the same weights."""
-    bundle = write_bundle(tmp_path / "bundle", other_tests=True)
+    bundle = write_bundle(tmp_path / "bundle", IMAGE_ROLES, other_tests=True)
     assert bundle.sha256 != inputs.bundle.sha256
     Inputs(bundle, inputs.vectors).train(tmp_path / "run")
     assert_same(tmp_path / "run", whole, but=("seconds", "bundle_sha256"))

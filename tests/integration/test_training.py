@@ -11,29 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from small_training import ATTRIBUTES, TINY, write_bundle
 
 from svip.config import Config, load_config
-from svip.data.bundle import ROLES, Bundle, BundleWriter
+from svip.data.bundle import ROLES, Bundle
 from svip.training import checkpoint, loop
 
-SIZE, ATTRIBUTES = 16, 6
-CLASS_ROLES = ["train"] * 4 + ["val_unseen"] * 2 + ["test_unseen"] * 2
-TINY = [
-    "model.backbone_args={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}",
-    "model.selected_groups=2",
-    "model.hidden=8",
-    f"data.image_size={SIZE}",
-    "data.train_view=random_crop",
-    "data.flip=true",
-    "optim.batch_size=4",
-    "optim.epochs=3",
-    "train.device=cpu",
-]
+IMAGE_ROLES = {
+    "train": ["train"] * 5 + ["val_seen", "test_seen"],
+    "val_unseen": ["val_unseen"] * 3 + ["test_seen"],
+    "test_unseen": ["test_unseen"] * 3,
+}
 STEPS = 5  # of an epoch of the select phase: 4 train classes with 5 images each, 4 a batch
 
 
@@ -43,21 +35,7 @@ def config_with(*overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Eight classes of noise, each with a colour of its own."""
-    random = np.random.default_rng(0)
-    with BundleWriter(tmp_path_factory.mktemp("data") / "bundle") as writer:
-        for class_id, class_role in enumerate(CLASS_ROLES):
-            roles = {"train": ["train"] * 5 + ["val_seen"] + ["test_seen"], "val_unseen": ["val_unseen"] * 3}
-            for index, role in enumerate(roles.get(class_role, ["test_unseen"] * 3)):
-                colour = np.array([class_id % 2, class_id // 2 % 2, class_id // 4]) * 180
-                image = np.clip(colour + random.normal(40, 20, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
-                writer.add(f"{class_id}/{index}.png", class_id, role, image)
-            if class_role == "val_unseen":  # a seen class at test time
-                writer.add(f"{class_id}/test.png", class_id, "test_seen", image)
-        names = pd.DataFrame({"name": [f"class {i}" for i in range(8)], "role": CLASS_ROLES})
-        matrix = pd.DataFrame(random.random((8, ATTRIBUTES)), columns=[f"has::{i}" for i in range(ATTRIBUTES)])
-        info = {"dataset": "synthetic", "split": "standard", "fold": 1}
-        return writer.finish(pd.concat([names, matrix], axis=1), info)
+    return write_bundle(tmp_path_factory.mktemp("data") / "bundle", IMAGE_ROLES)
 
 
 @pytest.fixture(scope="module")

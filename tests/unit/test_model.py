@@ -6,24 +6,20 @@ The model is tiny: 32-pixel images in 4-pixel patches, so an 8x8 grid with 16 gr
 from __future__ import annotations
 
 import re
-import zlib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from svip import losses
 from svip.config import ConfigError, ModelConfig
-from svip.models.contextualization import FreeContext, WordsToPatch
-from svip.models.patches import AttentionScores, select
+from svip.models.contextualization import WordsToPatch
+from svip.models.patches import AttentionScores
 from svip.models.svip import SVIP, Passes, pool
 
 Array = NDArray[np.float64]
@@ -448,90 +444,3 @@ def test_impossible_number_of_selected_groups_is_refused(count: int) -> None:
     message = f"model.selected_groups={count}: expected 1 to 16, the number of merged groups of a 8x8 grid"
     with pytest.raises(ConfigError, match=re.escape(message)):
         build(selected_groups=count)
-
-
-# The authors' published code, whose outputs for seeded weights and images are stored
-
-
-@dataclass(frozen=True)
-class Published:
-    """A ViT-B of depth 2 with the stored run's weights, its images, and what the published code made of them."""
-
-    model: SVIP
-    images: Tensor
-    outputs: dict[str, Array]
-
-
-@pytest.fixture(scope="module")
-def published(shared: Path) -> Published:
-    path = shared / "golden" / "published_code_cub.npz"
-    if not path.is_file():
-        pytest.skip(f"{path} does not exist")
-    random = np.random.default_rng(11)
-    words = torch.from_numpy(random.standard_normal((312, 300)).astype(np.float32))
-    noise = torch.from_numpy(random.standard_normal((3, 3, 224, 224)).astype(np.float32))
-    config = ModelConfig(
-        backbone="vit_base_patch16_224",
-        backbone_args={"depth": 2},
-        weights="none",
-        selected_groups=40,
-        pooling="mean",
-    )
-    model = SVIP(config, 224, words).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(published_weights(name, tuple(parameter.shape))))
-    return Published(
-        model,
-        F.avg_pool2d(noise, 9, 1, 4) * 4 + torch.linspace(-1, 1, 224)[None, None, :, None],
-        {name: values for name, values in np.load(path).items() if name != "spec"},
-    )
-
-
-def published_weights(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The stored run's values of a parameter: they are seeded by its name in the published code."""
-    for ours, theirs in {
-        "backbone.vit.": "",
-        "patch_classifier.": "token_cls.",
-        "context.to_width.": "v2p.",
-        "context.to_tokens.": "p2t.",
-        "patch_head.": "head_1.",
-    }.items():
-        name = name.replace(ours, theirs)
-    values = np.random.default_rng([11, zlib.crc32(name.encode())]).standard_normal(shape)
-    if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
-        return (1 + 0.1 * values).astype(np.float32)
-    return (values * (0.04 if len(shape) > 1 else 0.02)).astype(np.float32)
-
-
-@pytest.mark.shared
-@torch.no_grad()
-def test_pass_one_agrees_with_the_published_code(published: Published) -> None:
-    model, scores = published.model, AttentionScores()
-    patches = model.backbone.embed(published.images)
-    tokens = model.backbone.encode(patches, hook=scores)
-    assert scores.row is not None
-    np.testing.assert_allclose(scores.row, published.outputs["eq4_cls_row_normalised"], rtol=1e-5)
-    logits, _ = model.select_patches(patches)
-    assert logits is not None
-    close(logits.sigmoid(), published.outputs["patch_scores"])
-    related = torch.from_numpy(published.outputs["patch_labels"] == 0)
-    close(model.read(tokens, related)[0], published.outputs["source_attributes"], 1e-4)
-
-
-@pytest.mark.shared
-@torch.no_grad()
-def test_inference_agrees_with_the_published_code(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = published.model
-    interleaved = FreeContext(model.backbone.width)
-    assert model.context is not None
-    # the published code flattens [D, 4] as it is, which gives each sub-token a mix of channels
-    interleaved.embedding.copy_(model.context().T.reshape(4, -1))
-    monkeypatch.setitem(model._modules, "context", interleaved)
-    patches = model.backbone.embed(published.images)
-    logits, _ = model.select_patches(patches)
-    assert logits is not None
-    related = select(-logits, 40)  # its classifier finds the unrelated
-    tokens, _ = model.encode_contextualized(patches, related)
-    attributes, _ = model.read(tokens, torch.ones_like(related))  # it reads all groups here
-    close(attributes, published.outputs["inference_attributes"], 1e-4)

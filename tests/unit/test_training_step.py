@@ -1,8 +1,9 @@
-"""One training step: what it adds up in every variant, and what it refuses to do to the parameters."""
+"""One training step: what it adds up in every variant, how far it moves each parameter, and what it refuses to do."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from svip.config import Config, load_config
 from svip.models.svip import SVIP
 from svip.training.loop import train_step
-from svip.training.optim import build_optimizer
+from svip.training.optim import build_optimizer, set_rates
 
 SEEN = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.tensor([0, 1, 2, 0])
@@ -127,3 +128,64 @@ def test_bf16_gives_a_finite_loss_near_that_of_fp32_and_keeps_parameters_in_fp32
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
     assert losses[0] != losses[1], "autocast is on"
+
+
+def test_backbone_and_heads_have_their_own_rates_and_only_matrices_decay() -> None:
+    config, model = tiny("optim.lr=0.01", "optim.head_lr=0.02", "optim.weight_decay=0.3")
+    optimizer = build_optimizer(model, config.optim)
+    set_rates(optimizer, 0.5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.add(name)
+            assert group["lr"] == (0.005 if name.startswith("backbone.") else 0.01), name
+            assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0), name
+    assert seen == set(names.values())
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_the_gradient_is_clipped_as_a_whole(clip: float) -> None:
+    config, model = tiny(f"optim.clip_norm={clip}")
+    train_step(model, build_optimizer(model, config.optim), config, IMAGES, TARGETS, SEEN)
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+    assert norm == pytest.approx(0.01, rel=1e-3) if clip else norm > 0.1
+
+
+def test_the_first_step_of_adam_moves_each_weight_by_its_rate() -> None:
+    config, model = tiny("optim.lr=0.001", "optim.head_lr=0.002", "optim.weight_decay=0", "optim.clip_norm=0")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train_step(model, build_optimizer(model, config.optim), config, IMAGES, TARGETS, SEEN)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        moved = (parameter - before[name]).abs()[parameter.grad.abs() > 1e-4]  # Adam's epsilon is felt below
+        expected = 0.001 if name.startswith("backbone.") else 0.002
+        assert torch.allclose(moved, torch.full_like(moved, expected), rtol=2e-3), name
+
+
+def test_the_loss_is_eq_14s_sum_of_its_parts() -> None:
+    config, model = tiny("loss.lambda1=2.5", "loss.lambda2=0.5", "model.sigma=7")
+    with torch.no_grad():
+        passes = model(IMAGES)
+
+        def logits(attributes: Tensor) -> Tensor:
+            return 7 * F.normalize(attributes, dim=1) @ F.normalize(SEEN, dim=1).T
+
+        source, contextualized = logits(passes.source), logits(passes.contextualized)
+        p, q = source.softmax(1), contextualized.softmax(1)
+        jeffreys = ((p * (p / q).log()).sum(1) + (q * (q / p).log()).sum(1)).mean() / 2
+        score = passes.patch_logits.sigmoid()
+        target = passes.patch_targets
+        patch = -(target * score.log() + (1 - target) * (1 - score).log()).mean()
+        rows = torch.arange(4)
+        classes = -(p[rows, TARGETS].log().mean() + q[rows, TARGETS].log().mean())
+    values = train_step(model, build_optimizer(model, config.optim), config, IMAGES, TARGETS, SEEN)
+    expected: dict[str, Any] = {
+        "loss_cls": float(classes),
+        "loss_consistency": float(jeffreys),
+        "loss_patch": float(patch),
+        "loss": float(classes + 2.5 * jeffreys + 0.5 * patch),
+    }
+    assert values == pytest.approx(expected, rel=1e-3)
+    assert values["loss_consistency"] > 1e-6
