@@ -13,28 +13,36 @@ import shutil
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
-from svip.cli import Out, Overrides, Preset, example, print_metrics
+from svip.cli import Overrides, Preset, example, print_metrics, print_table
 from svip.config import load_config
 from svip.tracking import close_run, shown_uri, tracking_uri
 
-PIPELINES = ("experiment",)
-"""Each is the function of that name in the module of that name."""
+DATA = {"bundle": "prepare-data/bundle", "vectors": "embed-attributes/vectors"}
 RESULTS = {
-    "bundle": "prepare-data/bundle",
-    "vectors": "embed-attributes/vectors",
-    "checkpoint": "train/checkpoint",
-    "evaluation": "evaluate/evaluation",
-    "metrics.json": "evaluate/evaluation/metrics.json",
-    "report.html": "report/page",
-    "results.md": "report/files/results.md",
+    "experiment": {
+        **DATA,
+        "checkpoint": "train/checkpoint",
+        "evaluation": "evaluate/evaluation",
+        "metrics.json": "evaluate/evaluation/metrics.json",
+        "report.html": "report/page",
+        "results.md": "report/files/results.md",
+    },
+    "ablation": {
+        **DATA,
+        "ablation.md": "ablate-table/files/ablation.md",
+        "ablation.csv": "ablate-table/files/ablation.csv",
+        "ablation.html": "ablate-table/page",
+    },
 }
-"""What a run leaves in its output folder -> where Kubeflow put it, as TASK/ARTIFACT."""
+"""Pipeline -> what a run leaves in its output folder -> where Kubeflow put it, as TASK/ARTIFACT."""
+PIPELINES = tuple(RESULTS)
+"""Each is the function of that name in the module of that name."""
 Name = Annotated[str, typer.Argument(help=f"Which pipeline: {', '.join(PIPELINES)}.", show_default=False)]
 TAIL = 12
 """Lines of a failed step's log that are shown once more at the end."""
@@ -48,11 +56,20 @@ class PipelineError(RuntimeError):
 
 @app.command("run", epilog=example("svip pipeline run experiment --preset smoke --out runs/demo"))
 def run_command(
-    name: Name, overrides: Overrides = None, preset: Preset = "smoke", out: Out = Path("runs/experiment")
+    name: Name,
+    overrides: Overrides = None,
+    preset: Preset = "smoke",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write to.", show_default="runs/NAME")
+    ] = None,
+    variants: Annotated[str, typer.Option(help="Of ablation: all, or names with commas.")] = "",
+    seeds: Annotated[int, typer.Option(help="Of ablation: seeds of each variant.")] = 0,
 ) -> None:
     """Run a pipeline on this machine, each step in a process of its own."""
-    run(name, preset, overrides or [], out)
-    show_results(out)
+    parameters = {"variants": variants.split(",")} if variants else {}
+    out = out or Path("runs") / name
+    run(name, preset, overrides or [], out, **parameters, **({"seeds": seeds} if seeds else {}))
+    show_results(name, out)
 
 
 @app.command("compile", epilog=example("svip pipeline compile experiment --out experiment.yaml"))
@@ -77,14 +94,19 @@ def find_pipeline(name: str) -> Any:
     return getattr(importlib.import_module(f"pipelines.{name}"), name)
 
 
-def run(name: str, preset: str, overrides: list[str], out: Path) -> None:
+def run(name: str, preset: str, overrides: list[str], out: Path, **parameters: Any) -> None:
     """Run a pipeline with kfp's SubprocessRunner and publish what it made in ``out`` (see RESULTS).
+
+    ``parameters`` are those that this pipeline has beyond the common two.
 
     Every run keeps its own folder under ``out/kfp``; ``out/pipeline.log`` is the whole log of the last one. Raises
     ConfigError before anything starts, PipelineError with the step and the end of its log when one fails.
     """
     load_config(preset, overrides)
     pipeline = find_pipeline(name)
+    strange = sorted(set(parameters) - set(pipeline.component_spec.inputs))
+    if strange:
+        raise PipelineError(f"pipeline {name} has no {', '.join(strange)}; leave out --{' and --'.join(strange)}")
     from kfp import local
 
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +117,7 @@ def run(name: str, preset: str, overrides: list[str], out: Path) -> None:
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(runs))
         try:
             with contextlib.redirect_stdout(log):
-                pipeline(preset=preset, overrides=overrides)
+                pipeline(preset=preset, overrides=overrides, **parameters)
         except KeyboardInterrupt:  # kfp runs no exit handler then
             for folder in set(runs.glob(f"{name}-*")) - before:
                 _kill_run(folder)
@@ -103,17 +125,20 @@ def run(name: str, preset: str, overrides: list[str], out: Path) -> None:
         except RuntimeError as error:
             raise PipelineError(_explain(log, out)) from error
     folder = max(set(runs.glob(f"{name}-*")) - before)
-    missing = [source for source in RESULTS.values() if not (folder / source).exists()]
+    missing = [source for source in RESULTS[name].values() if not (folder / source).exists()]
     if missing:  # a runner may call a failed step a success
         raise PipelineError(f"the pipeline left no {', '.join(missing)} in {folder}; see {out / 'pipeline.log'}")
-    _publish(folder, out)
+    _publish(RESULTS[name], folder, out)
 
 
-def show_results(out: Path) -> None:
+def show_results(name: str, out: Path) -> None:
     """Print the accuracies, and where everything is."""
-    print_metrics(json.loads((out / "metrics.json").read_text()))
-    for label, path in {"Report": "report.html", "Numbers": "metrics.json", "Checkpoint": "checkpoint"}.items():
-        print(f"{label + ':':<12}{out / path}")
+    if name == "ablation":
+        print_table(out / "ablation.html")
+    else:
+        print_metrics(json.loads((out / "metrics.json").read_text()))
+        for label, path in {"Report": "report.html", "Numbers": "metrics.json", "Checkpoint": "checkpoint"}.items():
+            print(f"{label + ':':<12}{out / path}")
     uri = shown_uri()
     print(f"{'MLflow:':<12}{f'mlflow ui --backend-store-uri {shlex.quote(uri)}' if uri.startswith('sqlite') else uri}")
 
@@ -212,9 +237,9 @@ def _kill_run(folder: Path) -> None:
         close_run(json.loads(result.read_text())["parameterValues"]["Output"], "KILLED")
 
 
-def _publish(folder: Path, out: Path) -> None:
+def _publish(results: Mapping[str, str], folder: Path, out: Path) -> None:
     """Copy files and link directories of a run to ``out``; each appears at once, or stays as it was."""
-    for name, source in RESULTS.items():
+    for name, source in results.items():
         part = out / f".{name}.part"
         part.unlink(missing_ok=True)
         if (folder / source).is_dir():

@@ -38,6 +38,8 @@ Overrides = Annotated[
 ]
 Bundle = Annotated[Path, typer.Option("--bundle", help="Split bundle made by `svip prepare-data`.")]
 Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Folder that `svip train` wrote.")]
+Vectors = Annotated[Path, typer.Option("--vectors", help="Folder that `svip embed-attributes` wrote.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Runs of each, with seeds 0, 1, ...")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 Parent = Annotated[str, typer.Option("--parent-run-id", help="MLflow run to nest this one under.")]
 
@@ -113,7 +115,7 @@ def embed_attributes(
 @app.command(epilog=example("svip train -p paper/cub --bundle bundle --vectors words -o run optim.lr=1e-5"))
 def train(
     bundle: Bundle,
-    vectors: Annotated[Path, typer.Option("--vectors", help="Folder that `svip embed-attributes` wrote.")],
+    vectors: Vectors,
     out: Out,
     preset: Preset = "smoke",
     resume: Annotated[bool, typer.Option(help="Go on with what is in --out, bit for bit, or refuse to.")] = True,
@@ -137,6 +139,47 @@ def evaluate(checkpoint: Checkpoint, bundle: Bundle, out: Out, parent_run_id: Pa
 
     print_metrics(steps.evaluate(str(checkpoint), str(bundle), str(out), parent_run_id))
     print(f"written to {out}: metrics.json, per_class.csv, curve.csv, predictions.npz")
+
+
+@app.command(epilog=example("svip ablate --bundle bundle --vectors words -o ablation --seeds 3"))
+def ablate(
+    bundle: Bundle,
+    vectors: Vectors,
+    out: Out,
+    preset: Preset = "smoke",
+    variants: Annotated[
+        str,
+        typer.Option(help="all, or some of baseline, no_ssps, no_psc, no_jsd, no_w2p, no_p2a, full, with commas."),
+    ] = "all",
+    seeds: Seeds = 3,
+    parent_run_id: Parent = "",
+    overrides: Overrides = None,
+) -> None:
+    """Train and evaluate the variants of the paper's Table 2; goes on where it was stopped."""
+    from svip import steps
+
+    names = variants.split(",")
+    page = steps.ablate(str(bundle), str(vectors), str(out), preset, names, seeds, overrides or [], parent_run_id)
+    print_table(Path(page))
+
+
+@app.command(epilog=example("svip sensitivity --bundle bundle --vectors words -o sweep --seeds 3"))
+def sensitivity(
+    bundle: Bundle,
+    vectors: Vectors,
+    out: Out,
+    preset: Preset = "smoke",
+    parameters: Annotated[str, typer.Option(help="all, or some of M, lambda1, lambda2, sigma, with commas.")] = "all",
+    seeds: Seeds = 3,
+    parent_run_id: Parent = "",
+    overrides: Overrides = None,
+) -> None:
+    """Vary each parameter of the paper's Figure 4 by itself; goes on where it was stopped."""
+    from svip import steps
+
+    names = parameters.split(",")
+    page = steps.sensitivity(str(bundle), str(vectors), str(out), preset, names, seeds, overrides or [], parent_run_id)
+    print_table(Path(page))
 
 
 @app.command(epilog=example("svip report --evaluation test --checkpoint run --bundle bundle --out report"))
@@ -194,6 +237,12 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     for row in result_rows(metrics):
         table.add_row(row.method, row.note, *row.values, style="bold" if row.is_result else None)
     console.print(table)
+
+
+def print_table(page: Path) -> None:
+    """The table of a sweep, and where its files are."""
+    print(page.with_suffix(".md").read_text(encoding="utf-8"))
+    print(f"written to {page.parent}: {', '.join(sorted(file.name for file in page.parent.glob(f'{page.stem}.*')))}")
 
 
 def numbers_table(labels: Sequence[str], numbers: Sequence[str]) -> Table:

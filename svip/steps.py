@@ -5,15 +5,18 @@ Arguments are plain strings and lists, so that every caller can pass them; what 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svip import tracking
+from svip import sweep, tracking
 from svip.config import Config, flatten, load_config, variant
 from svip.data.bundle import read_bundle
 from svip.data.prepare import prepare_data as make_bundle
+from svip.evaluation import comparison
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
 from svip.evaluation.evaluate import report as make_report
 from svip.semantics.attributes import attribute_phrases
@@ -68,12 +71,14 @@ def train(
     overrides: Sequence[str] = (),
     parent_run_id: str = "",
     resume: bool = True,
+    run: str = "",
 ) -> dict[str, Any]:
     """Train into ``out``, going on from what is there (``resume`` False: refuse to).
 
-    The run id, and T1, U, S, H on the validation classes where they were used.
+    ``run``: a run of the ablation, such as ``no_psc:1``, whose overrides come last. The run id, and T1, U, S, H on
+    the validation classes where they were used.
     """
-    config = load_config(preset, overrides)
+    config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
     data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
     for name in ("dataset", "split", "fold"):  # what is saved has to be what ran
         if getattr(config.data, name) != data.info[name]:
@@ -115,8 +120,11 @@ def train(
         return {"run_id": tracker.run_id, **validation}
 
 
-def evaluate(checkpoint: str, bundle: str, out: str, parent_run_id: str = "") -> dict[str, Any]:
-    """Evaluate a checkpoint on the test images by every protocol of its configuration; metrics.json's content."""
+def evaluate(checkpoint: str, bundle: str, out: str, parent_run_id: str = "", run: str = "") -> dict[str, Any]:
+    """Evaluate a checkpoint on the test images by every protocol of its configuration; metrics.json's content.
+
+    The parent run gets the numbers too, unless this is one of many (``run``, as in ``train``).
+    """
     data = read_bundle(Path(bundle))
     config = read_config(Path(checkpoint))
     tags = {"bundle_sha256": data.sha256, "variant": variant(config), "step": "evaluate"}
@@ -134,9 +142,102 @@ def evaluate(checkpoint: str, bundle: str, out: str, parent_run_id: str = "") ->
         tracker.log_metrics(numbers)
         tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})
         tracker.log_artifact(Path(out))
-        if parent_run_id:
+        if parent_run_id and not run:
             tracking.log_to_run(parent_run_id, metrics=numbers)
         return metrics
+
+
+def ablate(
+    bundle: str,
+    vectors: str,
+    out: str,
+    preset: str,
+    variants: Sequence[str] = ("all",),
+    seeds: int = 3,
+    overrides: Sequence[str] = (),
+    parent_run_id: str = "",
+) -> str:
+    """Train and evaluate variants of Table 2 with seeds 0, 1, ... and write the table; the page's path.
+
+    Each run lies in ``out``/VARIANT/seed-N. Finished ones are kept, begun ones go on. Raises FailedRuns at the end.
+    """
+    config, chosen = load_config(preset, overrides), sweep.ablation(variants)
+
+    def write(results: comparison.Results) -> Path:
+        return _write_ablation(config, chosen, results, Path(out), seeds)
+
+    return _sweep("ablation", chosen, seeds, write, bundle, vectors, out, preset, overrides, parent_run_id)
+
+
+def sensitivity(
+    bundle: str,
+    vectors: str,
+    out: str,
+    preset: str,
+    parameters: Sequence[str] = ("all",),
+    seeds: int = 3,
+    overrides: Sequence[str] = (),
+    parent_run_id: str = "",
+) -> str:
+    """Vary M, lambda1, lambda2 and sigma one at a time, and draw Figure 4; the page's path.
+
+    ``out`` and errors are as in ``ablate``; what equals the preset is run once, as ``default``.
+    """
+    config = load_config(preset, overrides)
+    panels = sweep.sensitivity(config, parameters)
+    chosen = list({variant.name: variant for panel in panels for variant in panel.points.values()}.values())
+    rows = [
+        comparison.Row(variant.name, f"{panel.label} = {value:g}")
+        for panel in panels
+        for value, variant in panel.points.items()
+    ]
+    drawn = [
+        (panel.label, panel.default, {value: variant.name for value, variant in panel.points.items()})
+        for panel in panels
+    ]
+
+    def write(results: comparison.Results) -> Path:
+        figure = comparison.sensitivity_figure(drawn, results, comparison.common_protocol(results))
+        title = f"Sensitivity on {config.data.dataset}"
+        return comparison.write_comparison(Path(out), "sensitivity", title, rows, results, "default", seeds, figure)
+
+    return _sweep("sensitivity", chosen, seeds, write, bundle, vectors, out, preset, overrides, parent_run_id)
+
+
+def plan_ablation(variants: Sequence[str], seeds: int) -> list[str]:
+    """The names of an ablation's runs, such as ``no_psc:1``."""
+    return [run.name for run in sweep.runs_of(sweep.ablation(variants), seeds)]
+
+
+def ablate_table(
+    evaluations: Sequence[str],
+    out: str,
+    runs: Sequence[str],
+    preset: str,
+    overrides: Sequence[str] = (),
+    parent_run_id: str = "",
+) -> str:
+    """Write the table of an ablation whose runs were evaluated elsewhere, in any order; the page's path.
+
+    An evaluation belongs to the run whose configuration it was made with; ValueError names a run that has none.
+    """
+    found = [json.loads((Path(path) / "metrics.json").read_text(encoding="utf-8")) for path in evaluations]
+    chosen: dict[str, sweep.Variant] = {}
+    results: dict[str, dict[int, Any]] = {}
+    for name in runs:
+        run = sweep.ablation_run(name)
+        settings = json.loads(json.dumps(flatten(load_config(preset, [*overrides, *run.overrides]))))
+        fitting = [metrics["protocols"] for metrics in found if metrics["settings"] == settings]
+        if not fitting:
+            raise ValueError(f"none of the {len(found)} evaluations has the configuration of run {name}")
+        chosen.setdefault(run.variant.name, run.variant)
+        results.setdefault(run.variant.name, {})[run.seed] = fitting[0]
+    seeds = max(len(by_seed) for by_seed in results.values())
+    rows = [variant for variant in sweep.ablation() if variant.name in chosen]
+    page = _write_ablation(load_config(preset, overrides), rows, results, Path(out), seeds)
+    if parent_run_id:
+        tracking.log_to_run(parent_run_id, artifacts=sorted(page.parent.glob("ablation.*")))
+    return str(page)
 
 
 def report(evaluation: str, checkpoint: str, bundle: str, out: str, parent_run_id: str = "") -> str:
@@ -152,6 +253,77 @@ def report(evaluation: str, checkpoint: str, bundle: str, out: str, parent_run_i
 def close_run(run_id: str, status: str) -> None:
     """End the parent run: FINISHED, FAILED or KILLED."""
     tracking.close_run(run_id, status)
+
+
+def _write_ablation(
+    config: Config, variants: Sequence[sweep.Variant], results: comparison.Results, out: Path, seeds: int
+) -> Path:
+    """Table 2; the paper's numbers stand beside those on the data that it used."""
+    data = config.data
+    papers = [variant.paper.get(data.dataset, ()) if data.split == "standard" else () for variant in variants]
+    rows = [comparison.Row(variant.name, variant.label, paper) for variant, paper in zip(variants, papers, strict=True)]
+    title = f"Ablation on {data.dataset}, {data.split} split"
+    return comparison.write_comparison(out, "ablation", title, rows, results, "full", seeds)
+
+
+def _sweep(
+    name: str,
+    variants: Sequence[sweep.Variant],
+    seeds: int,
+    write: Callable[[comparison.Results], Path],
+    bundle: str,
+    vectors: str,
+    out: str,
+    preset: str,
+    overrides: Sequence[str],
+    parent_run_id: str,
+) -> str:
+    """Work off a sweep under one MLflow run; ``write`` makes its table, anew after each of its runs."""
+    data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
+    runs = sweep.runs_of(variants, seeds)
+    homes = sweep.homes_of(runs, preset, overrides)
+    for run, (home, _) in homes.items():
+        if home is not run:
+            log.warning("%s has the configuration of %s, and so its numbers", run.name, home.name)
+
+    def is_finished(run: sweep.Run) -> bool:
+        folder, config = run.folder(directory), homes[run][1]
+        if not (folder / "evaluation" / "metrics.json").exists():
+            return False
+        weights = read_config(folder / "checkpoint").model.weights  # their file may have moved meanwhile
+        same = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=weights))
+        check_resumable(same, data, embedding.vectors, folder / "checkpoint")
+        return True
+
+    def execute(run: sweep.Run) -> None:
+        folder, config = run.folder(directory), homes[run][1]
+        checkpoint = str(folder / "checkpoint")
+        tags = {"preset": preset, "bundle_sha256": data.sha256, "variant": run.variant.name}
+        with tracking.open_tracker(
+            _experiment(config), run.name, parent_run_id=parent.run_id or None, tags=tags
+        ) as own:
+            train(bundle, vectors, checkpoint, preset, [*overrides, *run.overrides], own.run_id)
+            evaluate(checkpoint, bundle, str(folder / "evaluation"), own.run_id)
+
+    def show(finished: Sequence[sweep.Run]) -> None:
+        results: dict[str, dict[int, Any]] = {}
+        for run in runs:
+            home = homes[run][0]
+            if home in finished:
+                protocols = sweep.read_protocols(home.folder(directory) / "evaluation")
+                results.setdefault(run.variant.name, {})[run.seed] = protocols
+        if results:
+            write(results)
+
+    tags = {"preset": preset, "bundle_sha256": data.sha256, "step": name}
+    experiment = _experiment(load_config(preset, overrides))
+    with tracking.open_tracker(experiment, name, parent_run_id=parent_run_id or None, tags=tags) as parent:
+        try:
+            sweep.work([run for run in runs if homes[run][0] is run], is_finished, execute, show)
+        finally:
+            for file in sorted(directory.glob(f"{name}.*")):
+                parent.log_artifact(file)
+    return str(directory / f"{name}.html")
 
 
 def _experiment(config: Config) -> str:

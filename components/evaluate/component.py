@@ -13,11 +13,12 @@ def evaluate(
     parent_run_id: str,
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
+    run: str = "",
 ):
     """Write metrics.json, per_class.csv and curve.csv; the accuracies (percent) become metrics."""
     from svip import steps
 
-    result = steps.evaluate(checkpoint.path, bundle.path, evaluation.path, parent_run_id)
+    result = steps.evaluate(checkpoint.path, bundle.path, evaluation.path, parent_run_id, run)
     for protocol, numbers in result["protocols"].items():
         for name, value in numbers.items():
             metrics.log_metric(f"{protocol}/{name}", value)

@@ -17,11 +17,12 @@ def train(
     parent_run_id: str,
     checkpoint: Output[Model],
     metrics: Output[Metrics],
+    run: str = "",
 ):
     """Write the checkpoint directory; what was reached on the validation classes becomes metrics."""
     from svip import steps
 
-    result = steps.train(bundle.path, vectors.path, checkpoint.path, preset, overrides, parent_run_id)
+    result = steps.train(bundle.path, vectors.path, checkpoint.path, preset, overrides, parent_run_id, run=run)
     checkpoint.metadata["run_id"] = result.pop("run_id")
     for name, value in result.items():
         metrics.log_metric(name, value)

@@ -114,16 +114,18 @@ def test_artifacts_are_typed(compiled: dict[str, Any]) -> None:
         ("report", "files"): "system.Artifact",
         ("report", "page"): "system.HTML",
     }
-    assert {step for step, _ in types} == {source.split("/")[0] for source in submit.RESULTS.values()}
+    assert {step for step, _ in types} == {source.split("/")[0] for source in submit.RESULTS["experiment"].values()}
 
 
 def test_every_component_has_a_readme_with_its_inputs_and_outputs() -> None:
     folders = [path.parent for path in (Path(__file__).parents[2] / "components").glob("*/component.py")]
-    assert {folder.name.replace("_", "-") for folder in folders} == set(STEPS)
+    assert {folder.name.replace("_", "-") for folder in folders} == {*STEPS, "plan-ablation", "ablate-table"}
     for folder in folders:
         readme = (folder / "README.md").read_text()
         step = folder.name
-        called = f"steps.{step}(" if step in ("open_run", "close_run") else f"\nsvip {step.replace('_', '-')} "
+        in_python = ("open_run", "close_run", "plan_ablation")
+        command = "ablate" if step == "ablate_table" else step.replace("_", "-")
+        called = f"steps.{step}(" if step in in_python else f"\nsvip {command} "
         for part in ("## Inputs", "## Outputs", called):
             assert part in readme, f"{folder.name}/README.md has no {part!r}"
 

@@ -14,7 +14,7 @@ OURS = ("svip", "components", "pipelines")
 LAYERS = (
     {"svip", "svip.config"},
     {"svip.data", "svip.semantics", "svip.models", "svip.losses", "svip.tracking"},
-    {"svip.training", "svip.evaluation"},
+    {"svip.training", "svip.evaluation", "svip.sweep"},
     {"svip.steps", "svip.tuning", "svip.benchmark", "svip.mlflow_model"},
     {"svip.cli"},
 )

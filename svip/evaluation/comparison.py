@@ -1,0 +1,200 @@
+"""The table of a sweep (Table 2's layout, over seeds) and the panels of Figure 4."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+from svip.evaluation.figures import PALETTE, STYLE, to_svg
+from svip.evaluation.report import COLUMNS, PROTOCOLS
+from svip.training.checkpoint import write_atomically, write_text
+
+LINES = {"T1": ("green", "o"), "U": ("orange", "s"), "S": ("muted", "^"), "H": ("accent", "D")}
+
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""Variant's name -> seed -> protocol -> T1, U, S, H (percent)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the variant whose numbers it shows, and the paper's T1, U, S, H beside them."""
+
+    variant: str
+    label: str
+    paper: Sequence[float] = ()
+
+
+def write_comparison(
+    out: Path,
+    name: str,
+    title: str,
+    rows: Sequence[Row],
+    results: Results,
+    reference: str,
+    seeds: int,
+    figure: Figure | None = None,
+) -> Path:
+    """Write the table as ``name``.md, .csv and .html (and a figure as .png and .svg); the page's path.
+
+    ``reference``: the variant from which the differences in H are taken; ``seeds``: those that each row should have.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    protocol = common_protocol(results)
+    table = summarize(rows, results, protocol, reference)
+    header, cells = _cells(table, reference, seeds)
+    about = (
+        f"Percent, mean of per-class top-1; {PROTOCOLS.get(protocol, protocol)}. Mean ± standard deviation over "
+        f"seeds; differences are paired by seed, with their 95 % interval."
+    )
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *cells]
+    markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    write_text(out / f"{name}.md", f"{markdown}\n\n{about}\n")
+    write_atomically(out / f"{name}.csv", lambda path: table.to_csv(path, index=False))
+    if figure is not None:
+        for suffix in ("png", "svg"):
+            _save(figure, out / f"{name}.{suffix}")
+    page = _template().render(
+        palette=PALETTE,
+        title=title,
+        about=about,
+        header=header,
+        rows=cells,
+        figure=None if figure is None else Markup(to_svg(figure, name, title)),
+    )
+    write_text(out / f"{name}.html", page)
+    return out / f"{name}.html"
+
+
+def common_protocol(results: Results) -> str:
+    """The protocol that a table shows: ``validation`` where all runs have it, else the first that they list."""
+    listed = [list(protocols) for by_seed in results.values() for protocols in by_seed.values()]
+    shared = [name for name in listed[0] if all(name in names for names in listed)]
+    if not shared:
+        raise ValueError("the runs have no protocol in common; evaluate them all with the same evaluation.protocols")
+    return "validation" if "validation" in shared else shared[0]
+
+
+def summarize(rows: Sequence[Row], results: Results, protocol: str, reference: str) -> pd.DataFrame:
+    """One row a variant: number of seeds, mean and standard deviation (n - 1) of T1, U, S, H, and the difference in H.
+
+    The difference is paired: over the seeds that ``reference`` has too, with the half-width of its 95 % t interval.
+    What can't be computed is NaN.
+    """
+    records = []
+    for row in rows:
+        runs = results.get(row.variant, {})
+        record: dict[str, Any] = {"variant": row.variant, "label": row.label, "seeds": len(runs)}
+        for column in COLUMNS:
+            values = [protocols[protocol][column] for protocols in runs.values()]
+            record[column], record[f"{column}_sd"] = _mean_and_sd(values)
+        pairs = {
+            seed: runs[seed][protocol]["H"] - other[protocol]["H"]
+            for seed, other in results.get(reference, {}).items()
+            if seed in runs and row.variant != reference
+        }
+        record["difference"], spread = _mean_and_sd(list(pairs.values()))
+        n = len(pairs)
+        record["interval"] = stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) if n > 1 else math.nan
+        for column, value in zip(COLUMNS, row.paper, strict=False):
+            record[f"paper_{column}"] = value
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+@matplotlib.rc_context(STYLE)
+def sensitivity_figure(
+    panels: Sequence[tuple[str, float, Mapping[float, str]]], results: Results, protocol: str
+) -> Figure:
+    """Figure 4: a panel a parameter, T1, U, S and H (percent) over its values, bars of one standard deviation.
+
+    panels: label, default value, and value -> variant, ascending. Values stand evenly, as in the paper; the default
+    is the dashed line.
+    """
+    figure = Figure(figsize=(2.9 * len(panels) + 0.4, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (label, default, points) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1, sharey=figure.axes[0] if index else None)
+        axes.axvline(list(points).index(default), color=PALETTE["muted"], linewidth=0.9, linestyle=(0, (3, 2)))
+        for column, (colour, marker) in LINES.items():
+            places, means, spreads = [], [], []
+            for place, variant in enumerate(points.values()):
+                values = [protocols[protocol][column] for protocols in results.get(variant, {}).values()]
+                if values:
+                    mean, spread = _mean_and_sd(values)
+                    places.append(place)
+                    means.append(mean)
+                    spreads.append(0.0 if math.isnan(spread) else spread)
+            axes.errorbar(
+                places,
+                means,
+                spreads,
+                color=PALETTE[colour],
+                marker=marker,
+                markersize=4.5,
+                linewidth=2.0 if column == "H" else 1.3,
+                elinewidth=0.9,
+                capsize=2.5,
+                label=column if index == 0 else None,
+            )
+        axes.set_xticks(range(len(points)), [f"{value:g}" for value in points])
+        axes.set_xlim(-0.4, len(points) - 0.6)
+        axes.set_xlabel(f"({'abcd'[index]}) {label}")
+        axes.grid(axis="y")
+        axes.tick_params(labelleft=index == 0)
+    figure.axes[0].set_ylabel("accuracy, %")
+    figure.axes[0].plot([], [], color=PALETTE["muted"], linewidth=0.9, linestyle=(0, (3, 2)), label="default")
+    figure.legend(loc="outside upper left", ncols=5, fontsize=9, columnspacing=1.4)
+    return figure
+
+
+def _cells(table: pd.DataFrame, reference: str, seeds: int) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text; the columns of seeds and of the paper stand only where they say something."""
+    short = bool((table["seeds"] < seeds).any())
+    paper = [f"paper_{column}" for column in COLUMNS if f"paper_{column}" in table]
+    header = ["Method", *(["seeds"] if short else []), *COLUMNS, f"H - {reference}"]
+    header += [column.replace("_", " ") for column in paper]
+    rows = []
+    for record in table.to_dict("records"):
+        cells = [str(record["label"]), *([f"{record['seeds']} of {seeds}"] if short else [])]
+        cells += [_number(record[column], record[f"{column}_sd"]) for column in COLUMNS]
+        cells += [_number(record["difference"], record["interval"], sign="+")]
+        rows.append([*cells, *(_number(record[column]) for column in paper)])
+    return header, rows
+
+
+def _number(value: float, spread: float = math.nan, sign: str = "") -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:{sign}.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
+
+
+def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and standard deviation with n - 1; NaN where there are too few values."""
+    return (
+        float(np.mean(values)) if values else math.nan,
+        float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+    )
+
+
+@matplotlib.rc_context(STYLE)
+def _save(figure: Figure, path: Path) -> None:
+    kind = path.suffix[1:]  # the temporary name has another
+    write_atomically(path, lambda part: figure.savefig(part, format=kind, dpi=160, facecolor=PALETTE["paper"]))
+
+
+def _template() -> Any:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(resources.files("svip.evaluation").joinpath("comparison.html").read_text("utf-8"))
