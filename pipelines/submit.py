@@ -154,7 +154,7 @@ class StepLog(io.TextIOBase):
     FAILS = re.compile(r"Task '([^']+)' finished with status FAILURE")
     ENDS = re.compile(r"Task '[^']+' finished with status SUCCESS")  # its outputs follow
     INDENT = "    "
-    LOGGER = re.compile(r"\[KFP Executor [^\]]*\]: ")
+    LOGGER = re.compile(r"^ *\[KFP Executor [^\]]*\]: ")
     CHATTER = ("Looking for component", "Loading KFP component", "Wrote executor output file")
     EMPTY_BAR = re.compile(r": +0%\|")
     COLOUR = re.compile(r"\x1b\[\d+m")
@@ -186,10 +186,11 @@ class StepLog(io.TextIOBase):
             if line == self._skips_until:
                 self._skips_until = ""
         elif line.endswith("Got executor_input:"):
-            self._skips_until = f"{self.INDENT}}}"  # a page of JSON
+            # a page of JSON; where steps run side by side, kfp indents their lines twice or thrice
+            self._skips_until = f"{line[: len(line) - len(line.lstrip())]}}}"
         elif line.startswith(self.INDENT) and line.strip() and self._running:
             said = self.LOGGER.sub("", line.removeprefix(self.INDENT))
-            if not said.startswith(self.CHATTER) and not self.EMPTY_BAR.search(said):
+            if not said.lstrip().startswith(self.CHATTER) and not self.EMPTY_BAR.search(said):
                 self.tail.append(said)
                 self._show(f"   {said}")
         elif self.ENDS.search(line):

@@ -104,7 +104,7 @@ def sensitivity(config: Config, names: Sequence[str] = ("all",)) -> list[Panel]:
             continue
         values = row["values"]
         if "of" in row:
-            values = [max(1, round(value / row["of"] * group_count(config))) for value in values]
+            values = [round(value / row["of"] * group_count(config)) for value in values]
         default = get_value(config, row["key"])
         points = {
             value: unchanged

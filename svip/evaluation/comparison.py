@@ -128,13 +128,13 @@ def sensitivity_figure(
     for index, (label, default, points) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), index + 1, sharey=figure.axes[0] if index else None)
         axes.axvline(list(points).index(default), color=PALETTE["muted"], linewidth=0.9, linestyle=(0, (3, 2)))
-        for column, (colour, marker) in LINES.items():
+        for line, (column, (colour, marker)) in enumerate(LINES.items()):
             places, means, spreads = [], [], []
             for place, variant in enumerate(points.values()):
                 values = [protocols[protocol][column] for protocols in results.get(variant, {}).values()]
                 if values:
                     mean, spread = _mean_and_sd(values)
-                    places.append(place)
+                    places.append(place + 0.05 * (line - 1.5))  # side by side, for the bars
                     means.append(mean)
                     spreads.append(0.0 if math.isnan(spread) else spread)
             axes.errorbar(
