@@ -164,7 +164,7 @@ def _cells(table: pd.DataFrame, reference: str, seeds: int) -> tuple[list[str], 
     """Header and rows as text; the columns of seeds and of the paper stand only where they say something."""
     short = bool((table["seeds"] < seeds).any())
     paper = [f"paper_{column}" for column in COLUMNS if f"paper_{column}" in table]
-    header = ["Method", *(["seeds"] if short else []), *COLUMNS, f"H - {reference}"]
+    header = ["Variant", *(["seeds"] if short else []), *COLUMNS, f"H - {reference}"]
     header += [column.replace("_", " ") for column in paper]
     rows = []
     for record in table.to_dict("records"):
