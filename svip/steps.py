@@ -101,8 +101,10 @@ def train(
 
         def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
             # both phases have an epoch 1: the final one's losses get a name of their own
-            prefix = "final_" if phase == "final" else ""
-            tracker.log_metrics({f"{prefix}{name}": value for name, value in metrics.items()}, epoch)
+            names = {
+                name: f"final_{name}" if phase == "final" and name.startswith("train/") else name for name in metrics
+            }
+            tracker.log_metrics({names[name]: value for name, value in metrics.items()}, epoch)
 
         info = train_model(config, data, embedding.vectors, directory, report_epoch)
         logged = directory / "logged_run_id"  # a rerun adds no second model to the run

@@ -21,7 +21,7 @@ from svip.data.images import center, resize
 from svip.evaluation import eszsl
 from svip.evaluation.calibration import SeenUnseenCurve
 from svip.evaluation.inference import Predictions, choose_device, frozen_features, predict
-from svip.evaluation.metrics import chance, per_class_accuracy, zero_shot_metrics
+from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
 from svip.evaluation.report import Example, write_report
 from svip.models.svip import SVIP
 from svip.training.checkpoint import CheckpointError, load_model, write_atomically, write_json
@@ -45,7 +45,7 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     curve = SeenUnseenCurve.of(scores, test.labels, unseen)
     metrics: dict[str, Any] = {
         "method": variant(config),
-        "protocols": protocols(config, scores, test.labels, unseen, info["gamma"]),
+        "protocols": protocols(config, scores, test.labels, unseen, info["gamma"], info.get("published")),
         "comparators": _comparators(model, checkpoint, config, bundle),
         "chance": chance(len(bundle.classes) - len(unseen), len(unseen)),
         "counts": bundle.info["counts"],
@@ -86,13 +86,19 @@ def protocols(
     labels: NDArray[np.int64],
     unseen: NDArray[np.int64],
     gamma: float | None,
+    published: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Protocol -> T1, U, S, H (percent) and gamma. ``validation`` needs the ``gamma`` that training chose."""
+    """Protocol -> T1, U, S, H (percent) and gamma.
+
+    ``validation`` needs the ``gamma`` that training chose. ``published`` is what training noted of its best epoch on
+    the test set; without it (no such training) it is of these scores alone.
+    """
     gammas = {"none": 0.0, "oracle": SeenUnseenCurve.of(scores, labels, unseen).best_gamma()}
     if gamma is not None:
         gammas["validation"] = gamma
-    wanted = [name for name in config.evaluation.protocols if name in gammas]
-    return {name: zero_shot_metrics(scores, labels, unseen, gammas[name]) for name in wanted}
+    results = {name: zero_shot_metrics(scores, labels, unseen, value) for name, value in gammas.items()}
+    results["published"] = dict(published or published_metrics(scores, labels, unseen))
+    return {name: results[name] for name in config.evaluation.protocols if name in results}
 
 
 def _comparators(model: SVIP, checkpoint: Path, config: Config, bundle: Bundle) -> dict[str, Any]:

@@ -1,0 +1,5 @@
+"""Temporary."""
+
+
+def attribute_groups(dataset: str, names: list[str]) -> list[list[int]]:
+    return [list(range(len(names)))]
