@@ -162,8 +162,9 @@ class OptimConfig:
     """step: times 0.8 every 5 epochs. cosine: to zero over the run. constant."""
     warmup: float = 0.0
     """Share of all steps over which both rates rise linearly from zero."""
-    shuffle: bool = True
-    """Draw the training images in a new order in each epoch; the published code keeps the files' order."""
+    reshuffle: bool = True
+    """Draw a new order of the training images in each epoch. Otherwise that of the first is kept: the published code
+    never shuffles, but the split file that it follows lists the images in a mixed order."""
     drop_last: bool = False
     """Leave out the last, smaller batch of each epoch (published code)."""
     renew_adam: bool = False

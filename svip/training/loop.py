@@ -173,7 +173,7 @@ def _train_epoch(
         config.train.seed,
         progress.epoch,
         start_batch=progress.batch,
-        shuffle=config.optim.shuffle,
+        reshuffle=config.optim.reshuffle,
         drop_last=config.optim.drop_last,
     )
     steps_per_epoch = len(order) + progress.batch
