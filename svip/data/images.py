@@ -118,7 +118,8 @@ class EpochBatches(Sampler[list[Item]]):
     All processes draw the same permutation of 0..count-1 from (seed, epoch) and cut it into global batches of
     ``batch_size``; process ``rank`` of ``world`` gets every world-th item of each. No position is repeated to fill
     up, so the last global batch may be smaller, or absent on some ranks: training in several processes wants
-    ``drop_last``. Without ``reshuffle`` every epoch has the order of the first. ``start_batch`` leaves out that many global batches at the front, exactly as if they had run.
+    ``drop_last``. Without ``reshuffle`` every epoch has the order of the first. ``start_batch`` leaves out that many
+    global batches at the front, exactly as if they had run.
     """
 
     def __init__(
