@@ -75,11 +75,12 @@ def train(
     """
     config = load_config(preset, overrides)
     data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
-    for name in ("dataset", "split", "fold"):  # what is saved has to be what ran
-        if getattr(config.data, name) != data.info[name]:
+    made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
+    for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
+        if getattr(config.data, name) != made_with[name]:
             raise ValueError(
                 f"data.{name}={getattr(config.data, name)} (preset {preset}), but the bundle {bundle} has "
-                f"{data.info[name]}; use the preset that it was made with, or override data.{name}={data.info[name]}"
+                f"{made_with[name]}; use the preset that it was made with, or override data.{name}={made_with[name]}"
             )
     if embedding.names != data.attribute_names:
         raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")
