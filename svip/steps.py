@@ -27,7 +27,7 @@ from svip.models.svip import SVIP
 from svip.semantics.attributes import attribute_phrases
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import read_embedding, read_vectors, write_embedding
-from svip.training.checkpoint import read_config, save_model
+from svip.training.checkpoint import read_config, save_model, write_json
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
 
@@ -152,6 +152,7 @@ def import_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)  # of an import that was killed
     temporary.mkdir(parents=True)
     try:
+        write_json(temporary / "history.json", [])
         save_model(temporary, model, config, info)
         temporary.replace(directory)
     finally:

@@ -201,21 +201,17 @@ def report(
         raise FileNotFoundError(f"{evaluation} holds no evaluation (no metrics.json); make one with `svip evaluate`")
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     model, config, info = load_model(checkpoint)
-    facts = {
-        "dataset": config.data.dataset,
-        "bundle sha256": bundle.sha256,
-        "seed": str(config.train.seed),
-        **(lineage or {}),
-    }
-    if info["seconds"] is None:
+    facts = {"dataset": config.data.dataset, "bundle sha256": bundle.sha256}
+    if "imported" in info:
         facts["imported from"] = info["imported"]["file"]
     else:
-        facts |= {"device": info["device"], "minutes": f"{info['seconds'] / 60:.1f}"}
-    history = checkpoint / "history.json"
+        minutes = f"{info['seconds'] / 60:.1f}"
+        facts |= {"seed": str(config.train.seed), "device": str(info["device"]), "minutes": minutes}
+    facts |= lineage or {}
     return write_report(
         out,
         metrics=metrics,
-        history=json.loads(history.read_text(encoding="utf-8")) if history.exists() else [],
+        history=json.loads((checkpoint / "history.json").read_text(encoding="utf-8")),
         per_class=pd.read_csv(evaluation / "per_class.csv"),
         curve=pd.read_csv(evaluation / "curve.csv"),
         examples=_examples(model, config, bundle, evaluation, info["gamma"] or 0.0),
