@@ -132,7 +132,7 @@ def train(
 
 @app.command(
     "import-checkpoint",
-    epilog=example("svip import-checkpoint cub.pth -p paper/cub --word-vectors words -o run"),
+    epilog=example("svip import-checkpoint cub.pth -p published/cub --word-vectors words -o run"),
 )
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' released checkpoint.", show_default=False)],
