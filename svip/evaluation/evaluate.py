@@ -6,6 +6,7 @@ Writes metrics.json, per_class.csv, curve.csv and predictions.npz (labels, score
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from svip.evaluation.report import Example, write_report
 from svip.models.svip import SVIP
 from svip.training.checkpoint import CheckpointError, load_model, write_atomically, write_json
 
+log = logging.getLogger(__name__)
+
 EXAMPLES = 8
 """Test images in the report, half of them of unseen classes."""
 
@@ -33,11 +36,7 @@ EXAMPLES = 8
 def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     """All protocols that the checkpoint's configuration lists; returns metrics.json's content (percent)."""
     model, config, info = load_model(checkpoint)
-    if info["bundle_sha256"] != bundle.sha256:
-        raise CheckpointError(
-            f"{checkpoint} was trained on bundle {info['bundle_sha256'][:12]}, and {bundle.path} is "
-            f"{bundle.sha256[:12]}: test it on the bundle whose training part it has seen"
-        )
+    check_bundle(checkpoint, config, info, bundle)
     model.to(choose_device(config.train.device))
     unseen = bundle.classes_with("test_unseen")
     test = predict(model, config, bundle, bundle.rows("test_seen", "test_unseen"), "test")
@@ -78,6 +77,26 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     write_atomically(out / "predictions.npz", save)
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def check_bundle(checkpoint: Path, config: Config, info: Mapping[str, Any], bundle: Bundle) -> None:
+    """CheckpointError for a bundle that a checkpoint can't be tested on.
+
+    One imported without a bundle is of no known training part; then the data set, its split and its attributes count.
+    """
+    if info["bundle_sha256"] is None:
+        expected = f"{config.data.dataset}, {config.data.split} split, {info['attributes']} attributes"
+        found = f"{bundle.info['dataset']}, {bundle.info['split']} split, {len(bundle.attribute_names)} attributes"
+        if found != expected:
+            raise CheckpointError(f"{checkpoint} is for {expected}, and {bundle.path} is {found}: test it on such data")
+        log.warning(
+            "%s is imported: whether it was trained on images that %s tests is unknown", checkpoint, bundle.path
+        )
+    elif info["bundle_sha256"] != bundle.sha256:
+        raise CheckpointError(
+            f"{checkpoint} was trained on bundle {info['bundle_sha256'][:12]}, and {bundle.path} is "
+            f"{bundle.sha256[:12]}: test it on the bundle whose training part it has seen"
+        )
 
 
 def protocols(
@@ -182,14 +201,13 @@ def report(
         raise FileNotFoundError(f"{evaluation} holds no evaluation (no metrics.json); make one with `svip evaluate`")
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     model, config, info = load_model(checkpoint)
-    facts = {
-        "dataset": config.data.dataset,
-        "bundle sha256": bundle.sha256,
-        "seed": str(config.train.seed),
-        "device": str(info["device"]),
-        "minutes": f"{info['seconds'] / 60:.1f}",
-        **(lineage or {}),
-    }
+    facts = {"dataset": config.data.dataset, "bundle sha256": bundle.sha256}
+    if "imported" in info:
+        facts["imported from"] = info["imported"]["file"]
+    else:
+        minutes = f"{info['seconds'] / 60:.1f}"
+        facts |= {"seed": str(config.train.seed), "device": str(info["device"]), "minutes": minutes}
+    facts |= lineage or {}
     return write_report(
         out,
         metrics=metrics,
