@@ -157,9 +157,10 @@ def _train_epoch(
     device = choose_device(config.train.device)
     classes = bundle.classes_with(*phase.class_roles)
     seen = torch.from_numpy(bundle.class_attributes[classes]).to(device)  # [S, A]
-    groups = [
-        torch.tensor(group, device=device) for group in attribute_groups(config.data.dataset, bundle.attribute_names)
-    ]
+    groups = []
+    if config.loss.group_weight:
+        kinds = attribute_groups(config.data.dataset, bundle.attribute_names)
+        groups = [torch.tensor(numbers, device=device) for numbers in kinds]
     position = torch.full((len(bundle.classes),), -1)
     position[torch.from_numpy(classes)] = torch.arange(len(classes))
 
@@ -269,7 +270,7 @@ def _finish_epoch(phase: Phase, config: Config, bundle: Bundle, model: SVIP, pro
             *(entry[k] for k in ("epoch", "train/loss", "val/T1", "val/U", "val/S", "val/H")),
         )
     if phase.name == "final" and config.train.published:
-        entry |= {f"published/{name}": value for name, value in test_as_published(model, config, bundle).items()}
+        entry |= {f"published/{name}": value for name, value in as_published(model, config, bundle).items()}
     progress.history.append(entry)
     progress.epoch += 1
     progress.batch, progress.images, progress.sums, progress.seconds = 0, 0, {}, 0.0
@@ -287,7 +288,7 @@ def validate(model: SVIP, config: Config, bundle: Bundle) -> dict[str, float]:
     return zero_shot_metrics(scores, labels, unseen, gamma)
 
 
-def test_as_published(model: SVIP, config: Config, bundle: Bundle) -> dict[str, float]:
+def as_published(model: SVIP, config: Config, bundle: Bundle) -> dict[str, float]:
     """What the published code looks at after each epoch: T1, U, S, H on the **test** images, tuned on them."""
     predictions = predict(model, config, bundle, bundle.rows("test_seen", "test_unseen"), "published protocol")
     scores = predictions.scores(model, bundle.class_attributes)
