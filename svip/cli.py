@@ -132,6 +132,31 @@ def train(
         print(f"on the validation classes: {', '.join(reached)}")
 
 
+@app.command(
+    "import-checkpoint",
+    epilog=example("svip import-checkpoint cub.pth -p published/cub --word-vectors words -o run"),
+)
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' released checkpoint.", show_default=False)],
+    preset: Preset,
+    word_vectors: Annotated[
+        Path,
+        typer.Option("--word-vectors", help="Attribute vectors [A, V]: a .npy file, or `embed-attributes`' folder."),
+    ],
+    out: Out,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="The only split bundle to test it on.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make a checkpoint of a file that the paper's authors released; nothing of the file is run."""
+    from svip import steps
+
+    arguments = (str(file), str(word_vectors), str(out), preset, overrides or [], str(bundle or ""))
+    left_over = steps.import_checkpoint(*arguments)["imported"]["left_over"]
+    print(f"imported: {out}" + (f" (not used: {', '.join(left_over)})" if left_over else ""))
+
+
 @app.command(epilog=example("svip evaluate --checkpoint run --bundle bundle --out test"))
 def evaluate(checkpoint: Checkpoint, bundle: Bundle, out: Out, parent_run_id: Parent = "") -> None:
     """Evaluate a checkpoint: T1, U, S, H by each protocol, beside eszsl and chance."""

@@ -73,6 +73,21 @@ class ModelConfig:
     """Blocks from the input on (with the embeddings below them) that are never trained."""
     selected_groups: int = 40
     """M of Eq. 8: merged groups that count as semantic-related."""
+    score: str = "eq4"
+    """How the attention of all layers becomes one score a token. eq4: Eq. 4 as printed. rollout: the published code's
+    attention rollout, (mean over heads + identity) / 2 multiplied over the layers."""
+    grouping: str = "block"
+    """Which token scores a merged group takes the mean of. block: those of its own 2x2 block. raster: those of four
+    consecutive tokens, as in the published code (so they are not its own)."""
+    targets: str = "minmax"
+    """What the patch classifier learns (Eq. 6). minmax: the scores scaled to [0, 1] in each image, high = related.
+    unrelated: the published code's hard labels, 1 for the groups outside the top M; its classifier finds those."""
+    patch_gradient: bool = False
+    """Let the patch loss train the patch embedding too, as in the published code; otherwise the patch classifier
+    alone, so that the loss does not bend the features."""
+    training_mask: str = "classifier"
+    """What selects the groups in training. classifier: as at test time (Eqs. 8-9). pseudo_labels: the top M of the
+    attention scores (Algorithm 1 and the published code)."""
     hidden: int = 512
     """Width of the patch classifier's hidden layer (Eq. 5)."""
     contextualize: str = "unselected"
@@ -83,13 +98,23 @@ class ModelConfig:
     context_init: str = "default"
     """default: W2P starts as linear layers do, with e about as large as a patch embedding. zero: e starts at zero, so
     that pass 2 starts equal to pass 1; kinder to short trainings of a pretrained backbone."""
+    layout: str = "subtoken"
+    """How W2P's [D, 4] becomes the group embedding e. subtoken: one column a token. interleaved: flattened without a
+    transpose, which mixes channels and tokens (published code)."""
     readout: str = "p2a"
     """p2a: attributes are read off the selected patches (Eq. 10). cls: off the class token (w/o P2A). both: their
     sum, a departure from the paper for backbones whose class token is much stronger than their patch tokens."""
     pooling: str = "max"
-    """How P2A pools over the selected groups: max (Eq. 10) or mean."""
+    """How P2A pools over groups: max (Eq. 10), or mean as in the published code."""
+    pooled_contextualized: str = "selected"
+    """Which groups pass 2 pools over in training. selected: S_M. central: the M groups with the largest dot product
+    with the mean group (published code)."""
+    pooled_test: str = "selected"
+    """Which groups are pooled over at test time: selected (S_M), or all as in the published code."""
+    logits: str = "cosine"
+    """cosine: Eq. 11. dot: the attribute prediction is not normalised, only the class attributes are (published)."""
     sigma: float = 5.0
-    """Temperature that scales the cosine similarities (Eq. 11)."""
+    """Temperature that scales the cosine similarities or dot products (Eq. 11)."""
     head_init: str = "random"
     """random; or probe: start the attribute read-out from a closed-form ridge probe on the frozen features."""
 
@@ -97,11 +122,20 @@ class ModelConfig:
 @dataclass
 class LossConfig:
     consistency: str = "jeffreys"
-    """jeffreys: Eq. 13 as printed. jsd: the Jensen-Shannon divergence that its name says. kl: one-sided."""
+    """jeffreys: Eq. 13 as printed. jsd: the Jensen-Shannon divergence that its name says. kl: one-sided, of pass 2 from
+    pass 1 (published code)."""
+    consistency_mean: str = "images"
+    """images: the divergence is averaged over the batch. elements: over batch and classes (published code)."""
+    temperature: float = 0.0
+    """T > 0 compares the passes as in distillation: logits without sigma, divided by T, the loss times T^2 (published
+    code: 20). 0: the class probabilities themselves (Eq. 13)."""
     lambda1: float = 1.0
     """Weight of the consistency loss (Eq. 14)."""
     lambda2: float = 3.0
     """Weight of the patch loss (Eq. 14)."""
+    group_weight: float = 0.0
+    """Weight of the group decorrelation, which the published code has and the paper has not: the norm of pass 2's
+    prediction within each attribute group."""
 
 
 @dataclass
@@ -128,6 +162,13 @@ class OptimConfig:
     """step: times 0.8 every 5 epochs. cosine: to zero over the run. constant."""
     warmup: float = 0.0
     """Share of all steps over which both rates rise linearly from zero."""
+    reshuffle: bool = True
+    """Draw a new order of the training images in each epoch. Otherwise that of the first is kept: the published code
+    never shuffles, but the split file that it follows lists the images in a mixed order."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of each epoch (published code)."""
+    renew_adam: bool = False
+    """Forget Adam's moments at the start of every epoch after the head-only ones (published code)."""
 
 
 @dataclass
@@ -145,12 +186,16 @@ class TrainConfig:
     select: bool = True
     """Choose epoch and gamma on the validation classes first, then retrain on trainval. Without it there is one run on
     trainval for all epochs, and no gamma but 0 is honest."""
+    published: bool = False
+    """Also follow the published protocol: train on trainval for all epochs, test after each, and note the best. Chosen
+    on the test set, so no result; the model that is kept has nothing of it."""
 
 
 @dataclass
 class EvaluationConfig:
     protocols: list[str] = field(default_factory=lambda: ["validation", "none", "oracle"])
-    """validation: gamma from the validation classes. none: gamma 0. oracle: gamma from the test set (labelled so)."""
+    """validation: gamma from the validation classes. none: gamma 0. oracle: gamma from the test set (labelled so).
+    published: epoch and offset from the test set, accuracy by sample: how the paper's table was made."""
     batch_size: int = 64
     """Images a step of inference."""
     eszsl: bool = True
@@ -178,10 +223,19 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.contextualize": ("unselected", "all", "drop", "none"),
     "model.context": ("w2p", "random"),
     "model.context_init": ("default", "zero"),
+    "model.score": ("eq4", "rollout"),
+    "model.grouping": ("block", "raster"),
+    "model.targets": ("minmax", "unrelated"),
+    "model.training_mask": ("classifier", "pseudo_labels"),
+    "model.layout": ("subtoken", "interleaved"),
     "model.readout": ("p2a", "cls", "both"),
     "model.pooling": ("max", "mean"),
+    "model.pooled_contextualized": ("selected", "central"),
+    "model.pooled_test": ("selected", "all"),
+    "model.logits": ("cosine", "dot"),
     "model.head_init": ("random", "probe"),
     "loss.consistency": ("jeffreys", "jsd", "kl"),
+    "loss.consistency_mean": ("images", "elements"),
     "optim.schedule": ("step", "cosine", "constant"),
     "train.precision": ("fp32", "bf16"),
 }
@@ -194,6 +248,8 @@ AT_LEAST: dict[str, float] = {
     "model.hidden": 1,
     "loss.lambda1": 0,
     "loss.lambda2": 0,
+    "loss.temperature": 0,
+    "loss.group_weight": 0,
     "optim.epochs": 1,
     "optim.head_epochs": 0,
     "optim.batch_size": 1,
@@ -206,7 +262,7 @@ AT_LEAST: dict[str, float] = {
     "train.checkpoint_steps": 0,
     "evaluation.batch_size": 1,
 }
-PROTOCOLS = ("validation", "none", "oracle")
+PROTOCOLS = ("validation", "none", "oracle", "published")
 
 
 def presets() -> list[str]:

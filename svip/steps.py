@@ -6,23 +6,30 @@ Arguments are plain strings and lists, so that every caller can pass them; what 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from svip import sweep, tracking
 from svip.config import Config, flatten, load_config, variant
 from svip.data.bundle import read_bundle
 from svip.data.prepare import prepare_data as make_bundle
 from svip.evaluation import comparison
+from svip.evaluation.evaluate import check_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
 from svip.evaluation.evaluate import report as make_report
+from svip.models.published import load_published
+from svip.models.svip import SVIP
 from svip.semantics.attributes import attribute_phrases
 from svip.semantics.vectors import embed_attributes as look_up
-from svip.semantics.vectors import read_embedding, write_embedding
-from svip.training.checkpoint import read_config
+from svip.semantics.vectors import read_embedding, read_vectors, write_embedding
+from svip.training.checkpoint import read_config, save_model, write_json
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
 
@@ -80,11 +87,12 @@ def train(
     """
     config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
     data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
-    for name in ("dataset", "split", "fold"):  # what is saved has to be what ran
-        if getattr(config.data, name) != data.info[name]:
+    made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
+    for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
+        if getattr(config.data, name) != made_with[name]:
             raise ValueError(
                 f"data.{name}={getattr(config.data, name)} (preset {preset}), but the bundle {bundle} has "
-                f"{data.info[name]}; use the preset that it was made with, or override data.{name}={data.info[name]}"
+                f"{made_with[name]}; use the preset that it was made with, or override data.{name}={made_with[name]}"
             )
     if embedding.names != data.attribute_names:
         raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")
@@ -106,8 +114,10 @@ def train(
 
         def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
             # both phases have an epoch 1: the final one's losses get a name of their own
-            prefix = "final_" if phase == "final" else ""
-            tracker.log_metrics({f"{prefix}{name}": value for name, value in metrics.items()}, epoch)
+            names = {
+                name: f"final_{name}" if phase == "final" and name.startswith("train/") else name for name in metrics
+            }
+            tracker.log_metrics({names[name]: value for name, value in metrics.items()}, epoch)
 
         info = train_model(config, data, embedding.vectors, directory, report_epoch)
         logged = directory / "logged_run_id"  # a rerun adds no second model to the run
@@ -118,6 +128,41 @@ def train(
             logged.write_text(tracker.run_id)
         validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
         return {"run_id": tracker.run_id, **validation}
+
+
+def import_checkpoint(
+    file: str, word_vectors: str, out: str, preset: str, overrides: Sequence[str] = (), bundle: str = ""
+) -> dict[str, Any]:
+    """Make a checkpoint at ``out`` of the authors' released file, running nothing of it; model.json's content.
+
+    word_vectors: a .npy file or the folder of embed_attributes. With a ``bundle`` it can be tested on that one only.
+    """
+    config, directory = load_config(preset, overrides), Path(out).resolve()
+    config.train.select = False  # nothing was chosen on validation classes
+    if directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        raise FileExistsError(f"{out} is not empty; import into another --out")
+    words = read_vectors(word_vectors)
+    model = SVIP(dataclasses.replace(config.model, weights="none"), config.data.image_size, torch.from_numpy(words))
+    info: dict[str, Any] = dict.fromkeys(("epochs", "gamma", "validation", "bundle_sha256", "device", "seconds"))
+    info["attributes"] = len(words)
+    if bundle:
+        data = read_bundle(Path(bundle))
+        check_bundle(Path(file), config, info, data)
+        info["bundle_sha256"] = data.sha256
+    left_over = load_published(model, Path(file))
+    with Path(file).open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    info["imported"] = {"file": Path(file).name, "sha256": digest, "left_over": left_over}
+    temporary = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an import that was killed
+    temporary.mkdir(parents=True)
+    try:
+        write_json(temporary / "history.json", [])
+        save_model(temporary, model, config, info)
+        temporary.replace(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return info
 
 
 def evaluate(checkpoint: str, bundle: str, out: str, parent_run_id: str = "", run: str = "") -> dict[str, Any]:

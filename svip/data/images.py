@@ -118,7 +118,8 @@ class EpochBatches(Sampler[list[Item]]):
     All processes draw the same permutation of 0..count-1 from (seed, epoch) and cut it into global batches of
     ``batch_size``; process ``rank`` of ``world`` gets every world-th item of each. No position is repeated to fill
     up, so the last global batch may be smaller, or absent on some ranks: training in several processes wants
-    ``drop_last``. ``start_batch`` leaves out that many global batches at the front, exactly as if they had run.
+    ``drop_last``. Without ``reshuffle`` every epoch has the order of the first. ``start_batch`` leaves out that many
+    global batches at the front, exactly as if they had run.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class EpochBatches(Sampler[list[Item]]):
         world: int = 1,
         start_batch: int = 0,
         shuffle: bool = True,
+        reshuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
         if not 0 <= rank < world or batch_size < world:
@@ -139,6 +141,7 @@ class EpochBatches(Sampler[list[Item]]):
         self.seed, self.epoch = seed, epoch
         self.rank, self.world = rank, world
         self.start_batch, self.shuffle, self.drop_last = start_batch, shuffle, drop_last
+        self.order_epoch = epoch if reshuffle else 0
 
     def _starts(self) -> range:
         """First position of this rank in each of its batches."""
@@ -152,7 +155,9 @@ class EpochBatches(Sampler[list[Item]]):
         order = np.arange(self.count)
         if self.shuffle:
             # mixed: seed + epoch alone would give run 1's epoch 0 the order of run 0's epoch 1
-            mixed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            mixed = int(
+                np.random.SeedSequence([self.seed, self.order_epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+            )
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mixed)).numpy()
         for start in self._starts():
             stop = min(start - self.rank + self.batch_size, self.count)

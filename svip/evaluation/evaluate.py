@@ -6,6 +6,7 @@ Writes metrics.json, per_class.csv, curve.csv and predictions.npz (labels, score
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from svip.data.images import center, resize
 from svip.evaluation import eszsl
 from svip.evaluation.calibration import SeenUnseenCurve
 from svip.evaluation.inference import Predictions, choose_device, frozen_features, predict
-from svip.evaluation.metrics import chance, per_class_accuracy, zero_shot_metrics
+from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
 from svip.evaluation.report import Example, write_report
 from svip.models.svip import SVIP
 from svip.training.checkpoint import CheckpointError, load_model, write_atomically, write_json
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = 8
 """Test images in the report, half of them of unseen classes."""
@@ -33,11 +36,7 @@ EXAMPLES = 8
 def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     """All protocols that the checkpoint's configuration lists; returns metrics.json's content (percent)."""
     model, config, info = load_model(checkpoint)
-    if info["bundle_sha256"] != bundle.sha256:
-        raise CheckpointError(
-            f"{checkpoint} was trained on bundle {info['bundle_sha256'][:12]}, and {bundle.path} is "
-            f"{bundle.sha256[:12]}: test it on the bundle whose training part it has seen"
-        )
+    check_bundle(checkpoint, config, info, bundle)
     model.to(choose_device(config.train.device))
     unseen = bundle.classes_with("test_unseen")
     test = predict(model, config, bundle, bundle.rows("test_seen", "test_unseen"), "test")
@@ -45,7 +44,7 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     curve = SeenUnseenCurve.of(scores, test.labels, unseen)
     metrics: dict[str, Any] = {
         "method": variant(config),
-        "protocols": protocols(config, scores, test.labels, unseen, info["gamma"]),
+        "protocols": protocols(config, scores, test.labels, unseen, info["gamma"], info.get("published")),
         "comparators": _comparators(model, checkpoint, config, bundle),
         "chance": chance(len(bundle.classes) - len(unseen), len(unseen)),
         "counts": bundle.info["counts"],
@@ -80,19 +79,45 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     return metrics
 
 
+def check_bundle(checkpoint: Path, config: Config, info: Mapping[str, Any], bundle: Bundle) -> None:
+    """CheckpointError for a bundle that a checkpoint can't be tested on.
+
+    One imported without a bundle is of no known training part; then the data set, its split and its attributes count.
+    """
+    if info["bundle_sha256"] is None:
+        expected = f"{config.data.dataset}, {config.data.split} split, {info['attributes']} attributes"
+        found = f"{bundle.info['dataset']}, {bundle.info['split']} split, {len(bundle.attribute_names)} attributes"
+        if found != expected:
+            raise CheckpointError(f"{checkpoint} is for {expected}, and {bundle.path} is {found}: test it on such data")
+        log.warning(
+            "%s is imported: whether it was trained on images that %s tests is unknown", checkpoint, bundle.path
+        )
+    elif info["bundle_sha256"] != bundle.sha256:
+        raise CheckpointError(
+            f"{checkpoint} was trained on bundle {info['bundle_sha256'][:12]}, and {bundle.path} is "
+            f"{bundle.sha256[:12]}: test it on the bundle whose training part it has seen"
+        )
+
+
 def protocols(
     config: Config,
     scores: NDArray[np.floating],
     labels: NDArray[np.int64],
     unseen: NDArray[np.int64],
     gamma: float | None,
+    published: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Protocol -> T1, U, S, H (percent) and gamma. ``validation`` needs the ``gamma`` that training chose."""
+    """Protocol -> T1, U, S, H (percent) and gamma.
+
+    ``validation`` needs the ``gamma`` that training chose. ``published`` is what training noted of its best epoch on
+    the test set; without it (no such training) it is of these scores alone.
+    """
     gammas = {"none": 0.0, "oracle": SeenUnseenCurve.of(scores, labels, unseen).best_gamma()}
     if gamma is not None:
         gammas["validation"] = gamma
-    wanted = [name for name in config.evaluation.protocols if name in gammas]
-    return {name: zero_shot_metrics(scores, labels, unseen, gammas[name]) for name in wanted}
+    results = {name: zero_shot_metrics(scores, labels, unseen, value) for name, value in gammas.items()}
+    results["published"] = dict(published or published_metrics(scores, labels, unseen))
+    return {name: results[name] for name in config.evaluation.protocols if name in results}
 
 
 def _comparators(model: SVIP, checkpoint: Path, config: Config, bundle: Bundle) -> dict[str, Any]:
@@ -176,14 +201,13 @@ def report(
         raise FileNotFoundError(f"{evaluation} holds no evaluation (no metrics.json); make one with `svip evaluate`")
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     model, config, info = load_model(checkpoint)
-    facts = {
-        "dataset": config.data.dataset,
-        "bundle sha256": bundle.sha256,
-        "seed": str(config.train.seed),
-        "device": str(info["device"]),
-        "minutes": f"{info['seconds'] / 60:.1f}",
-        **(lineage or {}),
-    }
+    facts = {"dataset": config.data.dataset, "bundle sha256": bundle.sha256}
+    if "imported" in info:
+        facts["imported from"] = info["imported"]["file"]
+    else:
+        minutes = f"{info['seconds'] / 60:.1f}"
+        facts |= {"seed": str(config.train.seed), "device": str(info["device"]), "minutes": minutes}
+    facts |= lineage or {}
     return write_report(
         out,
         metrics=metrics,

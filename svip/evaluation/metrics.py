@@ -51,6 +51,33 @@ def zero_shot_metrics(
     }
 
 
+def published_metrics(scores: Scores, labels: NDArray[np.int64], unseen: NDArray[np.int64]) -> dict[str, float]:
+    """T1, U, S, H in percent and gamma as the published code counts them: for comparison, not a result.
+
+    An offset from -1 to 0.99 in steps of 0.01 is added to the softmax of unseen classes, and the one with the best H
+    **on these very images** is taken; accuracies are by sample. ``gamma`` is that offset. Scores are logits [n, C].
+    """
+    shifted = scores.astype(np.float64) - scores.max(1, keepdims=True)
+    shares = np.exp(shifted) / np.exp(shifted).sum(1, keepdims=True)
+    seen = np.setdiff1d(np.arange(scores.shape[1]), unseen)
+    of_unseen = np.isin(labels, unseen)
+    offsets = np.arange(-1, 1, 0.01)
+    among = {name: (ids[shares[:, ids].argmax(1)], shares[:, ids].max(1)) for name, ids in (("s", seen), ("u", unseen))}
+    # an image goes to its best unseen class from the offset on that makes up the difference
+    goes_unseen = offsets[:, None] >= among["s"][1] - among["u"][1]  # [offsets, n]
+    right = np.where(goes_unseen, among["u"][0] == labels, among["s"][0] == labels)
+    accuracies = right[:, of_unseen].mean(1), right[:, ~of_unseen].mean(1)
+    harmonic = [harmonic_mean(float(u), float(s)) for u, s in zip(*accuracies, strict=True)]
+    best = int(np.argmax(harmonic))
+    return {
+        "T1": 100 * float((among["u"][0] == labels)[of_unseen].mean()),
+        "U": 100 * float(accuracies[0][best]),
+        "S": 100 * float(accuracies[1][best]),
+        "H": 100 * harmonic[best],
+        "gamma": float(offsets[best]),
+    }
+
+
 def chance(seen: int, unseen: int) -> dict[str, float]:
     """T1, U, S, H in percent of a guess among the unseen classes (T1) and among all (U, S)."""
     among_all = 100 / (seen + unseen)

@@ -12,9 +12,10 @@ class WordsToPatch(nn.Module):
     The word vectors [A, V] are a buffer, so a checkpoint carries those it was trained with.
     """
 
-    def __init__(self, words: Tensor, width: int) -> None:
+    def __init__(self, words: Tensor, width: int, layout: str = "subtoken") -> None:
         super().__init__()
         attributes, size = words.shape
+        self.layout = layout
         self.words: Tensor
         self.register_buffer("words", words.float())
         self.to_width = nn.Linear(size, width)
@@ -23,7 +24,8 @@ class WordsToPatch(nn.Module):
     def forward(self) -> Tensor:
         """e for the four tokens of a group, [4, D]."""
         embedded: Tensor = self.to_tokens(self.to_width(self.words).T)  # [D, 4]
-        return embedded.T
+        # the published code reads the 4D numbers off [D, 4] as they lie there
+        return embedded.reshape(4, -1) if self.layout == "interleaved" else embedded.T
 
     def zero(self) -> None:
         """Make e zero; the gradient of its last layer is not, so it learns at once."""

@@ -52,11 +52,42 @@ class AttentionScores:
             step = (self.row[:, None, None] @ attention).sum((1, 2))  # [B, T]
         self.row = (self.row + step) / (1 + heads)
 
-    def groups(self, prefix: int, index: Tensor) -> Tensor:
-        """Mean score of each group's patch tokens, [B, G]; the ``prefix`` first tokens are not patches."""
-        if self.row is None:
-            raise RuntimeError("no attention has been seen yet: pass this object as hook of Backbone.encode")
-        return self.row[:, prefix:][:, index].mean(-1)
+
+class AttentionRollout:
+    """The published code's score: the class token's row of A^L .. A^1 with A^l = (mean over heads of T^l + I) / 2.
+
+    As a row it is swept from the last layer to the first, w <- (w + w mean(T^l)) / 2, so the maps of all layers
+    [B, T, T] are kept until it is read. Use it as ``AttentionScores``.
+    """
+
+    def __init__(self) -> None:
+        self._maps: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, query: Tensor, key: Tensor, scale: float) -> None:
+        self._maps.append(((query * scale) @ key.transpose(-2, -1)).float().softmax(-1).mean(1))
+
+    @property
+    def row(self) -> Tensor | None:
+        """[B, T], float32."""
+        if not self._maps:
+            return None
+        row = torch.zeros_like(self._maps[0][:, 0])
+        row[:, 0] = 1
+        with torch.autocast(row.device.type, enabled=False):
+            for attention in reversed(self._maps):
+                row = (row + (row[:, None] @ attention).squeeze(1)) / 2
+        return row
+
+
+Scores = AttentionScores | AttentionRollout
+
+
+def group_scores(scores: Scores, prefix: int, index: Tensor) -> Tensor:
+    """Mean score of each group's patch tokens, [B, G]; the ``prefix`` first tokens are not patches."""
+    if scores.row is None:
+        raise RuntimeError("no attention has been seen yet: pass the scores as hook of Backbone.encode")
+    return scores.row[:, prefix:][:, index].mean(-1)
 
 
 def pseudo_labels(scores: Tensor) -> Tensor:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from svip.config import ConfigError, ModelConfig
 from svip.models.backbone import Backbone
 from svip.models.contextualization import FreeContext, WordsToPatch
-from svip.models.patches import AttentionScores, block_index, merge, pseudo_labels, select, unmerge
+from svip.models.patches import (
+    AttentionRollout,
+    AttentionScores,
+    block_index,
+    group_scores,
+    merge,
+    pseudo_labels,
+    select,
+    unmerge,
+)
 
 
 @dataclass
@@ -29,7 +38,7 @@ class Passes:
     patch_logits: Tensor | None
     """The patch classifier's logits, [B, G]."""
     patch_targets: Tensor | None
-    """Its pseudo-labels from pass 1's attention, in [0, 1], [B, G]."""
+    """Its pseudo-labels from pass 1's attention, in [0, 1], [B, G]: high where the logits should be."""
 
 
 @dataclass
@@ -53,12 +62,15 @@ class SVIP(nn.Module):
         self.backbone = Backbone(config, image_size)
         width, attributes = self.backbone.width, words.shape[0]
         self.index: Tensor
+        self.score_index: Tensor
         self.mean: Tensor
         self.std: Tensor
         try:
             self.register_buffer("index", block_index(self.backbone.grid), persistent=False)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        scored = self.index if config.grouping == "block" else torch.arange(self.index.numel()).view(-1, 4)
+        self.register_buffer("score_index", scored, persistent=False)
         for name, values in zip(("mean", "std"), self.backbone.normalization, strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
@@ -79,7 +91,7 @@ class SVIP(nn.Module):
         )
         self.context: WordsToPatch | FreeContext | None = None
         if config.contextualize in ("unselected", "all"):
-            self.context = WordsToPatch(words, width) if config.context == "w2p" else FreeContext(width)
+            self.context = WordsToPatch(words, width, config.layout) if config.context == "w2p" else FreeContext(width)
             if config.context_init == "zero":
                 self.context.zero()
         self.patch_head = nn.Linear(4 * width, attributes) if config.readout != "cls" else None
@@ -89,10 +101,22 @@ class SVIP(nn.Module):
         """Both passes of a training step (Sec. 3.3-3.5)."""
         patches = self.backbone.embed(self.normalize(images))  # [B, N, D]
         logits, selected = self.select_patches(patches)
-        scores = AttentionScores() if self.selects else None
-        source = self.read(self.backbone.encode(patches, hook=scores), selected)[0]
-        targets = pseudo_labels(scores.groups(self.backbone.prefix, self.index)) if scores else None
-        contextualized = self.read(*self.encode_contextualized(patches, selected))[0] if self.two_passes else None
+        targets = None
+        if logits is None:
+            tokens = self.backbone.encode(patches)
+        else:
+            attention = AttentionScores() if self.config.score == "eq4" else AttentionRollout()
+            tokens = self.backbone.encode(patches, hook=attention)
+            scores = group_scores(attention, self.backbone.prefix, self.score_index)  # [B, G]
+            best = select(scores, self.config.selected_groups)
+            targets = pseudo_labels(scores) if self.config.targets == "minmax" else (~best).float()
+            selected = selected if self.config.training_mask == "classifier" else best
+        source, _ = self.read(tokens, selected)
+        contextualized = None
+        if self.two_passes:
+            contextualized, _ = self.read(
+                *self.encode_contextualized(patches, selected), self.config.pooled_contextualized
+            )
         return Passes(source, contextualized, logits, targets)
 
     @torch.no_grad()
@@ -101,13 +125,17 @@ class SVIP(nn.Module):
         patches = self.backbone.embed(self.normalize(images))
         _, selected = self.select_patches(patches)
         tokens, shown = self.encode_contextualized(patches, selected)
-        attributes, localization = self.read(tokens, shown)
+        attributes, localization = self.read(tokens, shown, self.config.pooled_test)
         return Prediction(attributes, selected, localization)
 
     def class_scores(self, attributes: Tensor, class_attributes: Tensor) -> Tensor:
-        """Eq. 11's logits: sigma times the cosine of a_hat [B, A] and each class's attributes [C, A] -> [B, C]."""
-        normalized = F.normalize(attributes.float(), dim=-1)
-        return self.config.sigma * normalized @ F.normalize(class_attributes.float(), dim=-1).T
+        """Eq. 11's logits: sigma times the cosine of a_hat [B, A] and each class's attributes [C, A] -> [B, C].
+
+        With ``logits: dot`` the length of a_hat counts too.
+        """
+        cosine = self.config.logits == "cosine"
+        predicted = F.normalize(attributes.float(), dim=-1) if cosine else attributes.float()
+        return self.config.sigma * predicted @ F.normalize(class_attributes.float(), dim=-1).T
 
     def normalize(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.std
@@ -115,12 +143,14 @@ class SVIP(nn.Module):
     def select_patches(self, patches: Tensor) -> tuple[Tensor | None, Tensor]:
         """Eqs. 5 and 8: the classifier's logits [B, G] on the raw patches [B, N, D], and the selected groups [B, G].
 
-        The classifier does not train the patch embedding: its loss would otherwise bend the features towards it.
+        Only with ``patch_gradient`` does the classifier's loss train the patch embedding too.
         """
         if self.patch_classifier is None:
             return None, patches.new_ones(len(patches), self.groups, dtype=torch.bool)
-        logits = self.patch_classifier(merge(patches.detach(), self.index)).squeeze(-1).float()
-        return logits, select(logits.detach(), self.config.selected_groups)
+        read = patches if self.config.patch_gradient else patches.detach()
+        logits = self.patch_classifier(merge(read, self.index)).squeeze(-1).float()
+        related = -logits if self.config.targets == "unrelated" else logits
+        return logits, select(related.detach(), self.config.selected_groups)
 
     def encode_contextualized(self, patches: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Pass 2: final tokens, and the mask of the selected groups among the groups that are left in them."""
@@ -136,8 +166,11 @@ class SVIP(nn.Module):
             patches = patches + unmerge(added, self.index)
         return self.backbone.encode(patches), selected
 
-    def read(self, tokens: Tensor, selected: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sec. 3.5: final tokens [B, T, D] -> a_hat [B, A] (Eq. 10), and the values of all groups [B, G, A]."""
+    def read(self, tokens: Tensor, selected: Tensor, pooled: str = "selected") -> tuple[Tensor, Tensor | None]:
+        """Sec. 3.5: final tokens [B, T, D] -> a_hat [B, A] (Eq. 10), and the values of all groups [B, G, A].
+
+        ``pooled``: selected (bool [B, G]), central (the M groups most alike to their mean) or all groups.
+        """
         attributes = torch.zeros((), device=tokens.device)
         localization = None
         if self.patch_head is not None:
@@ -145,6 +178,11 @@ class SVIP(nn.Module):
             whole = patches.shape[1] == self.index.numel()
             groups = merge(patches, self.index) if whole else patches.unflatten(1, (-1, 4)).flatten(2)
             localization = self.patch_head(groups)  # [B, G, A]
+            if pooled == "central":
+                alike = (groups @ groups.mean(1).unsqueeze(-1)).squeeze(-1)  # [B, G]
+                selected = select(alike.detach().float(), self.config.selected_groups)
+            elif pooled == "all":
+                selected = torch.ones_like(selected)
             attributes = attributes + pool(localization, selected, self.config.pooling)
         if self.class_head is not None:
             attributes = attributes + self.class_head(tokens[:, 0])

@@ -167,6 +167,23 @@ def read_embedding(path: Path | str) -> Embedding:
     return Embedding(vectors, names, report)
 
 
+def read_vectors(path: Path | str) -> NDArray[np.float32]:
+    """Attribute vectors [A, V] in a folder of write_embedding or a .npy file; VectorsError when they can't be used."""
+    if Path(path).is_dir():
+        return read_embedding(path).vectors
+    expected = "expected finite floats [A, V] in a .npy file, or the folder that `svip embed-attributes` wrote"
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise VectorsError(f"{path} holds no attribute vectors ({error}); {expected}") from error
+    if not isinstance(vectors, np.ndarray) or vectors.dtype.kind != "f" or vectors.ndim != 2:
+        found = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, np.ndarray) else "several arrays"
+        raise VectorsError(f"{path}: {expected}; found {found}")
+    if not np.isfinite(vectors).all():
+        raise VectorsError(f"{path}: {expected}; found some that are not finite")
+    return vectors.astype(np.float32)
+
+
 def _parse(numbers: bytes, dimension: int, place: str) -> NDArray[np.float32] | None:
     """The vector on a line, or None when the line belongs to a longer token that only begins with the wanted word."""
     fields = numbers.split()

@@ -83,6 +83,14 @@ def save_weights(path: Path, model: SVIP) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors)))
 
 
+def load_weights(path: Path, model: SVIP) -> None:
+    """Put ``save_weights``'s file into a model of the same architecture."""
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and torch raise different types
+        raise CheckpointError(f"{path} does not fit the configuration beside it: {error}") from error
+
+
 def save_model(directory: Path, model: SVIP, config: Config, info: dict[str, Any]) -> None:
     """A trained model: model.safetensors, config.yaml (what ran) and, last, model.json."""
     save_weights(directory / "model.safetensors", model)
@@ -98,10 +106,7 @@ def load_model(directory: Path, weights: str = "model.safetensors") -> tuple[SVI
     info: dict[str, Any] = json.loads((directory / "model.json").read_text(encoding="utf-8"))
     architecture = dataclasses.replace(config.model, weights="none")  # they are all in the checkpoint
     model = SVIP(architecture, config.data.image_size, torch.zeros(info["attributes"], info["word_size"]))
-    try:
-        model.load_state_dict(load_file(directory / weights))
-    except Exception as error:  # safetensors and torch raise different types
-        raise CheckpointError(f"{directory / weights} does not fit {directory / 'config.yaml'}: {error}") from error
+    load_weights(directory / weights, model)
     return model.eval(), config, info
 
 

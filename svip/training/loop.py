@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from svip import losses
-from svip.config import Config
+from svip.config import Config, ConfigError
 from svip.data.bundle import TRAINVAL, Bundle
 from svip.data.images import EpochBatches, ImageDataset, loader
 from svip.evaluation.calibration import SeenUnseenCurve
 from svip.evaluation.inference import autocast, choose_device, predict
-from svip.evaluation.metrics import zero_shot_metrics
+from svip.evaluation.metrics import published_metrics, zero_shot_metrics
 from svip.models.svip import SVIP
+from svip.semantics.groups import attribute_groups
 from svip.training import checkpoint
 from svip.training.optim import build_optimizer, rate_factor, set_rates
 from svip.training.probe import probe_heads
@@ -48,6 +49,8 @@ class Phase:
     roles: tuple[str, ...]
     class_roles: tuple[str, ...]
     epochs: int
+    kept: int = 0
+    """The epoch whose weights are the result, where that is not simply the last one."""
 
 
 @dataclass
@@ -76,7 +79,7 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
     checkpoint.write_text(out / "bundle.sha256", "\n".join(_digests(bundle, words)) + "\n")
     if (out / "model.json").exists():
         log.info("%s: training is already finished", out)
-        (out / "final" / "state.pt").unlink(missing_ok=True)
+        _remove_leftovers(out)
         return dict(json.loads((out / "model.json").read_text(encoding="utf-8")))
     checkpoint.write_config(out, config)
 
@@ -87,20 +90,25 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
         history = _run_cached(select, config, bundle, words, out, report)
         best = _best(history)
         log.info("chosen on the validation classes: epoch %d, gamma %.3f", best["epoch"], best["val/gamma"])
-    final = Phase("final", TRAINVAL, ("train", "val_unseen"), best.get("epoch", config.optim.epochs))
+    kept = best.get("epoch", config.optim.epochs)
+    epochs = config.optim.epochs if config.train.published else kept
+    final = Phase("final", TRAINVAL, ("train", "val_unseen"), epochs, kept)
     model, progress = run_phase(final, config, bundle, words, out, report)
+    if kept < epochs:
+        checkpoint.load_weights(out / "final" / "kept.safetensors", model)
     checkpoint.write_json(out / "history.json", history + progress.history)
     info = {
-        "epochs": final.epochs,
+        "epochs": kept,
         "gamma": best.get("val/gamma"),
         "validation": {key: best[f"val/{key}"] for key in ("T1", "U", "S", "H")} if best else None,
+        "published": _best_published(progress.history),
         "bundle_sha256": bundle.sha256,
         "attributes": len(words),
         "device": str(choose_device(config.train.device)),
         "seconds": sum(entry["seconds"] for entry in history + progress.history),
     }
     checkpoint.save_model(out, model, config, info)
-    (out / "final" / "state.pt").unlink()
+    _remove_leftovers(out)
     return info
 
 
@@ -129,6 +137,8 @@ def run_phase(
         entry = _finish_epoch(phase, config, bundle, model, progress)
         if phase.name == "select" and _best(progress.history) is entry:
             checkpoint.save_weights(folder / "best.safetensors", model)
+        if progress.epoch == phase.kept < phase.epochs:
+            checkpoint.save_weights(folder / "kept.safetensors", model)
         checkpoint.save_state(state, model, optimizer, vars(progress))
         report({k: v for k, v in entry.items() if "/" in k}, entry["epoch"], phase.name)
     return model, progress
@@ -147,15 +157,32 @@ def _train_epoch(
     device = choose_device(config.train.device)
     classes = bundle.classes_with(*phase.class_roles)
     seen = torch.from_numpy(bundle.class_attributes[classes]).to(device)  # [S, A]
+    groups = []
+    if config.loss.group_weight:
+        kinds = attribute_groups(config.data.dataset, bundle.attribute_names)
+        groups = [torch.tensor(numbers, device=device) for numbers in kinds]
     position = torch.full((len(bundle.classes),), -1)
     position[torch.from_numpy(classes)] = torch.arange(len(classes))
 
     model.train()
     model.backbone.set_trainable(progress.epoch >= config.optim.head_epochs)
+    if config.optim.renew_adam and progress.epoch >= config.optim.head_epochs and progress.batch == 0:
+        optimizer.state.clear()
     order = EpochBatches(
-        len(dataset), config.optim.batch_size, config.train.seed, progress.epoch, start_batch=progress.batch
+        len(dataset),
+        config.optim.batch_size,
+        config.train.seed,
+        progress.epoch,
+        start_batch=progress.batch,
+        reshuffle=config.optim.reshuffle,
+        drop_last=config.optim.drop_last,
     )
-    steps_per_epoch = -(-len(dataset) // config.optim.batch_size)
+    steps_per_epoch = len(order) + progress.batch
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"optim.drop_last=true leaves nothing of {len(dataset)} training images: expected optim.batch_size="
+            f"{config.optim.batch_size} to be at most that many"
+        )
     bar = tqdm(
         loader(dataset, order, config.train.workers),
         desc=f"{phase.name} epoch {progress.epoch + 1}/{phase.epochs}",
@@ -166,7 +193,7 @@ def _train_epoch(
         started = time.perf_counter()
         step = progress.epoch * steps_per_epoch + progress.batch
         set_rates(optimizer, rate_factor(config.optim, step, steps_per_epoch))
-        parts = train_step(model, optimizer, config, images.to(device), position[labels].to(device), seen)
+        parts = train_step(model, optimizer, config, images.to(device), position[labels].to(device), seen, groups)
         broken = next((name for name, value in parts.items() if not np.isfinite(value)), None)
         if broken:
             names = ", ".join(bundle.split["path"].iloc[rows.tolist()])
@@ -185,9 +212,17 @@ def _train_epoch(
 
 
 def train_step(
-    model: SVIP, optimizer: torch.optim.AdamW, config: Config, images: Tensor, targets: Tensor, seen: Tensor
+    model: SVIP,
+    optimizer: torch.optim.AdamW,
+    config: Config,
+    images: Tensor,
+    targets: Tensor,
+    seen: Tensor,
+    groups: Sequence[Tensor] = (),
 ) -> dict[str, float]:
     """One step on uint8 images [B, 3, S, S] with targets [B] among the seen classes' attributes [S, A].
+
+    ``groups``: attribute numbers of each group, for ``loss.group_weight``.
 
     Returns the losses, unweighted but for their sum ``loss``. A non-finite loss changes nothing, nor does a non-finite
     gradient of a finite one: its norm is then returned too, as ``gradient``.
@@ -200,8 +235,15 @@ def train_step(
     if passes.contextualized is not None:
         contextualized = model.class_scores(passes.contextualized, seen)
         parts["loss_cls"] = parts["loss_cls"] + losses.classification(contextualized, targets)
-        parts["loss_consistency"] = losses.consistency(source, contextualized, config.loss.consistency)
+        heat = config.model.sigma * config.loss.temperature or 1.0
+        divergence = losses.consistency(
+            source / heat, contextualized / heat, config.loss.consistency, config.loss.consistency_mean
+        )
+        parts["loss_consistency"] = divergence * (config.loss.temperature**2 or 1.0)
         total = parts["loss_cls"] + config.loss.lambda1 * parts["loss_consistency"]
+        if config.loss.group_weight:
+            parts["loss_group"] = losses.group_decorrelation(passes.contextualized, groups)
+            total = total + config.loss.group_weight * parts["loss_group"]
     if passes.patch_logits is not None and passes.patch_targets is not None:
         parts["loss_patch"] = losses.patch(passes.patch_logits, passes.patch_targets)
         total = total + config.loss.lambda2 * parts["loss_patch"]
@@ -227,6 +269,8 @@ def _finish_epoch(phase: Phase, config: Config, bundle: Bundle, model: SVIP, pro
             "select epoch %d: loss %.3f, validation T1 %.1f U %.1f S %.1f H %.1f",
             *(entry[k] for k in ("epoch", "train/loss", "val/T1", "val/U", "val/S", "val/H")),
         )
+    if phase.name == "final" and config.train.published:
+        entry |= {f"published/{name}": value for name, value in as_published(model, config, bundle).items()}
     progress.history.append(entry)
     progress.epoch += 1
     progress.batch, progress.images, progress.sums, progress.seconds = 0, 0, {}, 0.0
@@ -244,6 +288,13 @@ def validate(model: SVIP, config: Config, bundle: Bundle) -> dict[str, float]:
     return zero_shot_metrics(scores, labels, unseen, gamma)
 
 
+def as_published(model: SVIP, config: Config, bundle: Bundle) -> dict[str, float]:
+    """What the published code looks at after each epoch: T1, U, S, H on the **test** images, tuned on them."""
+    predictions = predict(model, config, bundle, bundle.rows("test_seen", "test_unseen"), "published protocol")
+    scores = predictions.scores(model, bundle.class_attributes)
+    return published_metrics(scores, predictions.labels, bundle.classes_with("test_unseen"))
+
+
 def _run_cached(
     phase: Phase, config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path, report: Log
 ) -> list[dict[str, Any]]:
@@ -259,6 +310,21 @@ def _run_cached(
 def _best(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The epoch of the best validation H (the first of them, where several are best)."""
     return max(history, key=lambda entry: entry["val/H"])
+
+
+def _best_published(history: list[dict[str, Any]]) -> dict[str, float] | None:
+    """The epoch of the best H on the test set, as the published code chooses it."""
+    entries = [entry for entry in history if "published/H" in entry]
+    if not entries:
+        return None
+    best = max(entries, key=lambda entry: entry["published/H"])
+    return {"epoch": best["epoch"]} | {key: best[f"published/{key}"] for key in ("T1", "U", "S", "H", "gamma")}
+
+
+def _remove_leftovers(out: Path) -> None:
+    """What the final phase needed only until the model was saved."""
+    for name in ("state.pt", "kept.safetensors"):
+        (out / "final" / name).unlink(missing_ok=True)
 
 
 def check_resumable(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path) -> None:

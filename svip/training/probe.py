@@ -30,10 +30,14 @@ def probe_heads(
     if model.class_head is None:
         features = features[:, width:]
     mean = features.mean(0)
-    probe = ESZSL(features - mean, np.searchsorted(classes, labels), bundle.class_attributes[classes])
+    matrix = bundle.class_attributes[classes]
+    cosine = config.model.logits == "cosine"
+    if not cosine:  # the logits are products with normalised class attributes, so it has to be fitted to those
+        matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    probe = ESZSL(features - mean, np.searchsorted(classes, labels), matrix)
     weights = torch.from_numpy(probe.weights(FEATURES, ATTRIBUTES)).float()  # [features, A]
-    # cosine logits don't see its scale, but Adam's steps do: give it that of a fresh linear layer
-    weights *= (3 * width) ** -0.5 / weights.square().mean().sqrt()
+    if cosine:  # cosines don't see its scale, but Adam's steps do: give it that of a fresh linear layer
+        weights *= (3 * width) ** -0.5 / weights.square().mean().sqrt()
     bias = -torch.from_numpy(mean).float() @ weights
     with torch.no_grad():
         for head, part in zip(

@@ -59,7 +59,7 @@ def write_bundle(path: Path, word_vectors: bool = True) -> Bundle:
     with BundleWriter(path) as writer:
         for label, role in enumerate(classes["role"]):
             writer.add(f"{label}.jpg", label, role, np.zeros((32, 32, 3), np.uint8))
-        info = {"dataset": "synthetic", "split": "standard", "fold": 1}
+        info = {"dataset": "synthetic", "split": "standard", "fold": 1, "settings": {"seed": 0}}
         return writer.finish(classes, info, {"word_vectors.txt": words} if word_vectors else None)
 
 
@@ -209,6 +209,7 @@ def test_train_refuses_a_bundle_that_the_preset_did_not_make(svip: Run, tmp_path
         ("-p", "paper/cub"): "data.dataset=cub (preset paper/cub), but the bundle",
         ("data.fold=2",): "override data.fold=1",
         ("data.split=development",): "override data.split=standard",
+        ("data.seed=3",): "override data.seed=0",
     }.items():
         code, _, err = svip(*arguments, *change)
         assert code == 1

@@ -5,13 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svip.models.patches import AttentionScores, block_index, merge, pseudo_labels, select, unmerge
+from svip.models.patches import (
+    AttentionRollout,
+    AttentionScores,
+    block_index,
+    group_scores,
+    merge,
+    pseudo_labels,
+    select,
+    unmerge,
+)
 
 SIDES = st.integers(1, 5).map(lambda half: 2 * half)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 30))
@@ -83,6 +92,7 @@ def test_unmerge_is_the_inverse_of_merge(height: int, width: int, batch: int, ch
     sharpness=st.floats(0.1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
+@example(layers=12, heads=12, tokens=20, sharpness=1.0, seed=0)
 def test_scores_are_eq4s_class_row_up_to_its_known_sum(
     layers: int, heads: int, tokens: int, sharpness: float, seed: int
 ) -> None:
@@ -123,12 +133,39 @@ def test_scores_carry_no_gradient() -> None:
 def test_group_score_is_the_mean_of_its_block_without_prefix_tokens(prefix: int) -> None:
     scores = AttentionScores()
     scores.row = torch.cat([torch.full((1, prefix), 99.0), torch.arange(16.0)[None]], 1)
-    assert scores.groups(prefix, block_index((4, 4))).tolist() == [[2.5, 4.5, 10.5, 12.5]]
+    assert group_scores(scores, prefix, block_index((4, 4))).tolist() == [[2.5, 4.5, 10.5, 12.5]]
 
 
 def test_group_scores_need_an_attention() -> None:
-    with pytest.raises(RuntimeError, match="no attention has been seen"):
-        AttentionScores().groups(1, block_index((2, 2)))
+    for scores in (AttentionScores(), AttentionRollout()):
+        with pytest.raises(RuntimeError, match="no attention has been seen"):
+            group_scores(scores, 1, block_index((2, 2)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    layers=st.integers(1, 12),
+    heads=st.integers(1, 12),
+    tokens=st.integers(2, 20),
+    sharpness=st.floats(0.1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(layers=12, heads=12, tokens=20, sharpness=1.0, seed=0)
+def test_rollout_is_the_class_row_of_the_normalised_product_of_all_layers(
+    layers: int, heads: int, tokens: int, sharpness: float, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    made = [tuple(torch.randn(2, 2, heads, tokens, 8, generator=random)) for _ in range(layers)]
+    scale = sharpness * 8**-0.5
+    scores = AttentionRollout()
+    product = torch.eye(tokens, dtype=torch.float64).expand(2, tokens, tokens)
+    for query, key in made:
+        scores(query, key, scale)
+        mean = (query.double() @ key.double().mT * scale).softmax(-1).mean(1)
+        step = mean + torch.eye(tokens)
+        product = step / step.sum(-1, keepdim=True) @ product
+    assert scores.row is not None
+    np.testing.assert_allclose(scores.row, product[:, 0], rtol=1e-5)
 
 
 def test_pseudo_labels_stretch_each_image_to_0_and_1() -> None:

@@ -100,10 +100,10 @@ def test_svip_modules_import_only_from_their_own_layer_and_below() -> None:
 
 def test_files_stay_short_enough_to_be_read() -> None:
     lines = {path: _lines(path) for package in OURS for path in (ROOT / package).rglob("*.py")}
-    assert not {path.name: count for path, count in lines.items() if count > 350}
+    assert not {path.name: count for path, count in lines.items() if count > 400}
     svip = sum(count for path, count in lines.items() if path.is_relative_to(ROOT / "svip"))
-    assert svip <= 4500
-    assert sum(lines.values()) - svip <= 1000
+    assert svip <= 5600
+    assert sum(lines.values()) - svip <= 1100
 
 
 def _lines(path: Path) -> int:
