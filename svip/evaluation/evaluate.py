@@ -32,13 +32,7 @@ EXAMPLES = 8
 
 def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     """All protocols that the checkpoint's configuration lists; returns metrics.json's content (percent)."""
-    model, config, info = load_model(checkpoint)
-    if info["bundle_sha256"] != bundle.sha256:
-        raise CheckpointError(
-            f"{checkpoint} was trained on bundle {info['bundle_sha256'][:12]}, and {bundle.path} is "
-            f"{bundle.sha256[:12]}: test it on the bundle whose training part it has seen"
-        )
-    model.to(choose_device(config.train.device))
+    model, config, info = load_tested(checkpoint, bundle)
     unseen = bundle.classes_with("test_unseen")
     test = predict(model, config, bundle, bundle.rows("test_seen", "test_unseen"), "test")
     scores = test.scores(model, bundle.class_attributes)
@@ -78,6 +72,17 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     write_atomically(out / "predictions.npz", save)
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def load_tested(checkpoint: Path, bundle: Bundle) -> tuple[SVIP, Config, dict[str, Any]]:
+    """``load_model``, on the device that it computes on; CheckpointError where it was trained on another bundle."""
+    model, config, info = load_model(checkpoint)
+    if info["bundle_sha256"] != bundle.sha256:
+        raise CheckpointError(
+            f"{checkpoint} was trained on bundle {info['bundle_sha256'][:12]}, and {bundle.path} is "
+            f"{bundle.sha256[:12]}: test it on the bundle whose training part it has seen"
+        )
+    return model.to(choose_device(config.train.device)), config, info
 
 
 def protocols(
