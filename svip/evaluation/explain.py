@@ -6,6 +6,7 @@ Shapes as in ``svip.models.svip``; the G merged groups lie on a grid of h x w, r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def in_plane(vectors: NDArray[np.float32], metric: str = "euclidean") -> NDArray
     return np.asarray(plane, np.float32)
 
 
-def separation(vectors: NDArray[np.float32], labels: NDArray[np.int64], metric: str = "euclidean") -> float:
+def separation(vectors: NDArray[np.float32], labels: NDArray[Any], metric: str = "euclidean") -> float:
     """Silhouette score of labelled vectors [n, F], from -1 to 1; 0 where classes overlap, 1 where each is a point."""
     from sklearn.metrics import silhouette_score
 

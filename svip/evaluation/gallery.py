@@ -6,6 +6,7 @@ import base64
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def draw_figures(
             figures += list(make(models, bundle, count))
     for item in figures:
         path = out / f"{item.name}.png"
-        write_atomically(path, lambda temporary, item=item: item.figure.savefig(temporary, format="png", dpi=150))
+        write_atomically(path, partial(item.figure.savefig, format="png", dpi=150))
         files.append(path)
     write_text(out / "figures.html", _page(svip, bundle, figures, files))
     return [*files, out / "figures.html"]
@@ -99,15 +100,15 @@ def draw_figures(
 def _attention(models: list[Trained], bundle: Bundle, count: int) -> Iterator[Captioned]:
     svip = models[-1]
     rows = _spread(bundle.rows("test_unseen"), SAMPLE)
-    layers, scores = (values.mean(0) for values in attention_by_layer(svip.model, svip.views(bundle, rows)))
+    layers, scores = attention_by_layer(svip.model, svip.views(bundle, rows))
     yield Captioned(
         "attention",
         "Figure 3. Attention of the merged groups over the layers",
-        f"How much the class token attends to each of the {svip.model.groups} merged groups in each layer of "
-        f"{svip.name} (mean over heads, and over {len(rows)} test images of unseen classes); below, the score of Eq. 4, "
-        "which aggregates all layers. Dark is high; each row is scaled from its lowest to its highest group. Thin lines part "
-        "the rows of the image. r: the layer's correlation with the aggregated score over the groups; no single layer "
-        "stands for all where it is far from 1.",
+        f"How much the class token of {svip.name} attends to each of the {svip.model.groups} merged groups in each "
+        f"layer, mean over heads and over {len(rows)} test images of unseen classes; below, the score of Eq. 4, which "
+        "aggregates all layers. Dark is high; each row is scaled from its lowest to its highest group, and thin lines "
+        "part the rows of the image. r: correlation of a layer with Eq. 4 over the groups of an image, mean over the "
+        "images; the further it is from 1, the less that layer alone would choose the same patches.",
         paper_figures.attention_heatmap(layers, scores, svip.model.backbone.grid[1] // 2),
     )
 
@@ -133,7 +134,7 @@ def _localization(models: list[Trained], bundle: Bundle, count: int) -> Iterator
         "Figure 5. Where each attribute is read",
         f"Test images of unseen classes, and the {ATTRIBUTES} attributes that speak most for their true class. Orange "
         "is high, scaled within each map over the groups that are read; the frame marks the highest of them. Striped "
-        f"groups are semantic-unrelated. {' '.join(maps)}",
+        f"groups are semantic-unrelated and not read. {' '.join(maps)}",
         paper_figures.localization_grid(
             [(bundle.class_names[label], image) for label, image in zip(labels, seen[-1].images, strict=True)], panels
         ),
