@@ -161,7 +161,7 @@ def figures(
     out: Annotated[
         str, typer.Option("--out", "-o", help="Folder to write to.", show_default="CHECKPOINT/figures")
     ] = "",
-    images: Annotated[int, typer.Option(min=1, help="Images that figures 5 and 6 show.")] = 3,
+    images: Annotated[int, typer.Option(min=1, max=32, help="Images that figures 5 and 6 show.")] = 3,
     parent_run_id: Parent = "",
 ) -> None:
     """Draw the paper's figures 3, 5, 6 and 7 for a checkpoint, and a page with their captions."""

@@ -18,18 +18,8 @@ from numpy.typing import NDArray
 
 from svip.config import Config, variant
 from svip.data.bundle import Bundle
-from svip.evaluation import paper_figures
+from svip.evaluation import explain, paper_figures
 from svip.evaluation.evaluate import load_tested
-from svip.evaluation.explain import (
-    SEED,
-    Explanation,
-    attention_by_layer,
-    explain,
-    hidden_features,
-    in_plane,
-    separation,
-    views,
-)
 from svip.evaluation.figures import PALETTE
 from svip.evaluation.inference import autocast, choose_device, predict
 from svip.evaluation.report import method_name
@@ -39,11 +29,10 @@ from svip.training.checkpoint import write_atomically, write_text
 ATTRIBUTES = 3
 """Attributes localized in each image of Fig. 5."""
 SAMPLE = 32
-"""Images whose attention Fig. 3 averages, and whose groups Fig. 6 shows."""
-CLASSES = 20
-"""Most unseen classes of Fig. 7."""
-IMAGES_A_CLASS = 60
-"""Most images of each of them."""
+"""Most images whose attention Fig. 3 averages, and whose groups Fig. 6 shows."""
+CLASSES, IMAGES_A_CLASS = 20, 60
+"""Most unseen classes of Fig. 7, and most images of each."""
+Rows = NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +49,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint on the device it computes on."""
+    """A checkpoint's model, on the device that it computes on."""
 
     model: SVIP
     config: Config
@@ -69,8 +58,8 @@ class Trained:
     def name(self) -> str:
         return method_name({"method": variant(self.config)})
 
-    def views(self, bundle: Bundle, rows: NDArray[np.int64]) -> torch.Tensor:
-        return views(self.config, bundle, rows).to(choose_device(self.config.train.device))
+    def views(self, bundle: Bundle, rows: Rows) -> torch.Tensor:
+        return explain.views(self.config, bundle, rows).to(choose_device(self.config.train.device))
 
 
 def draw_figures(
@@ -81,26 +70,27 @@ def draw_figures(
     ``baseline``: a checkpoint to stand beside it in figures 5 and 7. ``count``: images of figures 5 and 6 (a).
     All images are of unseen classes. CheckpointError where a checkpoint was trained on another bundle.
     """
-    models = [_load(path, bundle) for path in (baseline, checkpoint) if path is not None]
+    models = [Trained(*load_tested(path, bundle)[:2]) for path in (baseline, checkpoint) if path is not None]
     svip = models[-1]
+    sample = _spread(bundle.rows("test_unseen"), SAMPLE)
+    shown = _spread(np.arange(len(sample)), count)
+    with autocast(svip.config, choose_device(svip.config.train.device)):
+        figures = [
+            *_attention(svip, bundle, sample),
+            *_localization(models, bundle, sample[shown]),
+            *_patches(svip, bundle, sample, shown),
+            *_attributes(models, bundle),
+        ]
     out.mkdir(parents=True, exist_ok=True)
-    device = choose_device(svip.config.train.device)
-    figures, files = [], []
-    with autocast(svip.config, device):
-        for make in (_attention, _localization, _patches, _attributes):
-            figures += list(make(models, bundle, count))
-    for item in figures:
-        path = out / f"{item.name}.png"
-        write_atomically(path, partial(item.figure.savefig, format="png", dpi=150))
-        files.append(path)
+    files = [out / f"{item.name}.png" for item in figures]
+    for item, file in zip(figures, files, strict=True):
+        write_atomically(file, partial(item.figure.savefig, format="png", dpi=150))
     write_text(out / "figures.html", _page(svip, bundle, figures, files))
     return [*files, out / "figures.html"]
 
 
-def _attention(models: list[Trained], bundle: Bundle, count: int) -> Iterator[Captioned]:
-    svip = models[-1]
-    rows = _spread(bundle.rows("test_unseen"), SAMPLE)
-    layers, scores = attention_by_layer(svip.model, svip.views(bundle, rows))
+def _attention(svip: Trained, bundle: Bundle, rows: Rows) -> Iterator[Captioned]:
+    layers, scores = explain.attention_by_layer(svip.model, svip.views(bundle, rows))
     yield Captioned(
         "attention",
         "Figure 3. Attention of the merged groups over the layers",
@@ -113,100 +103,84 @@ def _attention(models: list[Trained], bundle: Bundle, count: int) -> Iterator[Ca
     )
 
 
-def _localization(models: list[Trained], bundle: Bundle, count: int) -> Iterator[Captioned]:
-    rows = _spread(bundle.rows("test_unseen"), count)
-    seen = [explain(trained.model, trained.views(bundle, rows)) for trained in models]
+def _localization(models: list[Trained], bundle: Bundle, rows: Rows) -> Iterator[Captioned]:
+    seen = [explain.explain(trained.model, trained.views(bundle, rows)) for trained in models]
     labels = bundle.split["class_id"].to_numpy()[rows]
-    shown = _deciding(seen[-1].attributes, bundle.class_attributes, labels)
+    deciding = _deciding(seen[-1].attributes, bundle.class_attributes, labels)
+    images = [(bundle.class_names[label], image) for label, image in zip(labels, seen[-1].images, strict=True)]
     panels = [
         [
             (
                 bundle.attribute_names[attribute],
-                [_panel(trained, explained, k, attribute) for trained, explained in zip(models, seen, strict=True)],
+                [
+                    paper_figures.LocalizationPanel(
+                        trained.name, one.images[k], one.maps[k, :, :, attribute], one.selected[k]
+                    )
+                    for trained, one in zip(models, seen, strict=True)
+                ],
             )
-            for attribute in shown[k]
+            for attribute in attributes
         ]
-        for k in range(len(rows))
+        for k, attributes in enumerate(deciding)
     ]
-    maps = [f"{trained.name}: {_map_source(trained)}." for trained in models]
     yield Captioned(
         "localization",
         "Figure 5. Where each attribute is read",
         f"Test images of unseen classes, and the {ATTRIBUTES} attributes that speak most for their true class. Orange "
         "is high, scaled within each map over the groups that are read; the frame marks the highest of them. Striped "
-        f"groups are semantic-unrelated and not read. {' '.join(maps)}",
-        paper_figures.localization_grid(
-            [(bundle.class_names[label], image) for label, image in zip(labels, seen[-1].images, strict=True)], panels
-        ),
+        f"groups are semantic-unrelated and not read. {' '.join(map(_map_source, models))}",
+        paper_figures.localization_grid(images, panels),
     )
 
 
-def _patches(models: list[Trained], bundle: Bundle, count: int) -> Iterator[Captioned]:
-    svip = models[-1]
-    if svip.model.patch_classifier is None:
-        log.info("figure 6 is left out: %s selects no patches and has no patch classifier", svip.name)
+def _patches(svip: Trained, bundle: Bundle, rows: Rows, shown: Rows) -> Iterator[Captioned]:
+    if svip.model.patch_classifier is None or svip.config.model.selected_groups == svip.model.groups:
+        log.info("figure 6 is left out: %s leaves out no patches", svip.name)
         return
-    everything = bundle.rows("test_unseen")
-    few = explain(svip.model, svip.views(bundle, _spread(everything, count)))
-    rows = _spread(everything, SAMPLE)
     images = svip.views(bundle, rows)
-    features = hidden_features(svip.model, images)
-    selected = explain(svip.model, images).selected.reshape(-1)
-    features = features.reshape(len(selected), -1)
-    if not 0 < selected.sum() < len(selected):
-        log.info("figure 6 is left out: %s selects every group", svip.name)
-        return
+    seen = explain.explain(svip.model, images)
+    selected = seen.selected.flatten()
+    features = explain.hidden_features(svip.model, images).reshape(len(selected), -1)
     yield Captioned(
         "patches",
         "Figure 6. Selected and semantic-unrelated patches",
-        f"(a) Test images of unseen classes; the patch classifier left out the striped groups, and kept "
+        "(a) Test images of unseen classes; the patch classifier left out the striped groups, and kept "
         f"{svip.config.model.selected_groups} of {svip.model.groups}. (b) t-SNE of the classifier's hidden features "
         f"(after ReLU) of all groups of {len(rows)} test images; circles are selected groups, crosses unrelated ones. "
-        f"Silhouette score of the two in the features themselves: {separation(features, selected):.2f} (1: two "
-        "points, 0: one cloud).",
-        paper_figures.patch_selection(few.images, few.selected, in_plane(features), selected),
+        "Silhouette score of the two in the features themselves: "
+        f"{explain.separation(features, selected):.2f} (1: two points, 0: one cloud).",
+        paper_figures.patch_selection(seen.images[shown], seen.selected[shown], explain.in_plane(features), selected),
     )
 
 
-def _attributes(models: list[Trained], bundle: Bundle, count: int) -> Iterator[Captioned]:
-    rows, classes = _rows_of_classes(bundle)
-    labels = np.searchsorted(classes, bundle.split["class_id"].to_numpy()[rows])
+def _attributes(models: list[Trained], bundle: Bundle) -> Iterator[Captioned]:
+    everything, class_ids = bundle.rows("test_unseen"), bundle.split["class_id"].to_numpy()
+    classes = np.unique(class_ids[everything])
+    if len(classes) > CLASSES:
+        classes = np.sort(np.random.default_rng(explain.SEED).choice(classes, CLASSES, replace=False))
+    rows = np.concatenate([_spread(everything[class_ids[everything] == label], IMAGES_A_CLASS) for label in classes])
     if not 1 < len(classes) < len(rows):
-        log.info("figure 7 is left out: it needs two unseen classes and more than one image in a class")
+        log.info("figure 7 is left out: it needs two unseen classes, and more than one image of a class")
         return
+    labels = np.searchsorted(classes, class_ids[rows])
     panels = []
     for trained in models:
         vectors = predict(trained.model, trained.config, bundle, rows, "attributes").attributes.numpy()
-        silhouette = separation(vectors, labels, "cosine")
-        panels.append((trained.name, in_plane(vectors, "cosine"), silhouette))
+        silhouette = explain.separation(vectors, labels, "cosine")
+        panels.append((trained.name, explain.in_plane(vectors, "cosine"), silhouette))
     yield Captioned(
         "attributes",
         "Figure 7. Predicted attributes of unseen classes",
         f"t-SNE (cosine distance, as in Eq. 11) of the attributes predicted for {len(rows)} test images of "
-        f"{len(classes)} unseen classes, drawn at random; a colour and marker a class. The silhouette score is that of "
-        "the predicted vectors themselves, not of the picture: 1 where each class is a point, 0 where they overlap.",
+        f"{len(classes)} unseen classes; a colour and marker a class. The silhouette score is that of the predicted "
+        "vectors themselves, not of the picture: 1 where each class is a point, 0 where they overlap.",
         paper_figures.attribute_clusters(panels, labels, [bundle.class_names[label] for label in classes]),
     )
 
 
-def _load(checkpoint: Path, bundle: Bundle) -> Trained:
-    model, config, _ = load_tested(checkpoint, bundle)
-    return Trained(model, config)
-
-
-def _spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def _spread(rows: Rows, count: int) -> Rows:
     """At most ``count`` of the rows, evenly spread: a bundle lists its images by class."""
     return rows if len(rows) <= count else rows[((np.arange(count) + 0.5) * len(rows) / count).astype(int)]
-
-
-def _rows_of_classes(bundle: Bundle) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of the test images of some unseen classes, and the classes' ids, ascending."""
-    rows = bundle.rows("test_unseen")
-    labels = bundle.split["class_id"].to_numpy()[rows]
-    classes = np.unique(labels)
-    if len(classes) > CLASSES:
-        classes = np.sort(np.random.default_rng(SEED).choice(classes, CLASSES, replace=False))
-    return np.concatenate([_spread(rows[labels == label], IMAGES_A_CLASS) for label in classes]), classes
 
 
 def _deciding(
@@ -218,16 +192,10 @@ def _deciding(
     return order
 
 
-def _panel(trained: Trained, seen: Explanation, k: int, attribute: int) -> paper_figures.LocalizationPanel:
-    return paper_figures.LocalizationPanel(
-        trained.name, seen.images[k], seen.maps[k, :, :, attribute], seen.selected[k]
-    )
-
-
 def _map_source(trained: Trained) -> str:
     if trained.model.patch_head is not None:
-        return "the output of P2A before pooling"
-    return "it reads only the class token, so its map is its class head on each final patch token, mean of a group"
+        return f"{trained.name}: the output of P2A before pooling."
+    return f"{trained.name} reads only the class token: its map is its class head on each patch token, mean of a group."
 
 
 def _page(svip: Trained, bundle: Bundle, figures: list[Captioned], files: list[Path]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -81,7 +81,7 @@ def localization_grid(
     models = len(panels[0][0][1])
     pitch, wide = above + side + below, models * side + gap
     width, height = side + gap + len(panels[0]) * wide, pitch * len(images)
-    figure = _figure(width, height)
+    figure = _figure(width, height, layout=None)
 
     def place(left: float, row: int, name: str) -> Axes:
         top = row * pitch + above
@@ -190,7 +190,7 @@ def _without_scale(axes: Axes) -> None:
         spine.set(visible=True, color=PALETTE["rule"])
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PALETTE["paper"])
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    figure = Figure(figsize=(width, height), layout=layout, facecolor=PALETTE["paper"])
     FigureCanvasAgg(figure)
     return figure

@@ -117,8 +117,8 @@ def test_a_model_of_the_class_token_shows_its_head_on_each_patch_token(photos: T
         patches = model.backbone.embed(model.normalize(photos))
         tokens, _ = model.encode_contextualized(patches, torch.from_numpy(seen.selected).flatten(1))
     for k in range(3):
-        there = np.flatnonzero(seen.selected[k]) if contextualize == "drop" else range(16)
-        for place, group in enumerate(there):
+        there = np.flatnonzero(seen.selected[k]) if contextualize == "drop" else np.arange(16)
+        for place, group in enumerate(there.tolist()):
             members = range(4 * place, 4 * place + 4) if contextualize == "drop" else BLOCKS[group]
             values = [model.class_head(tokens[k, 1 + token]).detach().numpy() for token in members]
             np.testing.assert_allclose(seen.maps[k].reshape(16, -1)[group], sum(values) / 4, rtol=1e-4, atol=1e-5)

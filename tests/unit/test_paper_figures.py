@@ -25,7 +25,12 @@ def drawn(figure: Figure) -> Figure:
 
 def striped_groups(axes: Axes) -> int:
     """Groups under a hatched patch: a path of five corners each."""
-    return sum(len(p.get_path().vertices) // 5 for p in axes.patches if isinstance(p, PathPatch) and p.get_hatch())
+    hatched = [patch for patch in axes.patches if isinstance(patch, PathPatch) and patch.get_hatch()]
+    return sum(len(np.asarray(patch.get_path().vertices)) // 5 for patch in hatched)
+
+
+def heat(axes: Axes) -> np.ndarray:
+    return np.asarray(axes.images[0].get_array())
 
 
 def panel(model: str, values: np.ndarray, selected: np.ndarray) -> LocalizationPanel:
@@ -38,8 +43,8 @@ def test_the_heat_map_scales_each_layer_and_tells_its_correlation_with_equation_
     figure = drawn(paper_figures.attention_heatmap(layers, scores, columns=2))
     upper, lower = figure.axes
     # mean over both images 6, 5, 5, 6 in the score: 1, 0, 0, 1 once scaled
-    np.testing.assert_allclose(lower.images[0].get_array(), [[1, 0, 0, 1]])
-    np.testing.assert_allclose(upper.images[0].get_array(), [[1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(heat(lower), [[1, 0, 0, 1]])
+    np.testing.assert_allclose(heat(upper), [[1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 1]], atol=1e-6)
     # the third layer: +r in one image (5 is 2.25 above the mean, root of 3/4 * 8.75 below), -r' in the other
     third = (2.25 - 1.75) / np.sqrt(0.75 * 8.75) / 2
     assert [text.get_text() for text in upper.texts] == ["r = 1.00", "r = -1.00", f"r = {third:.2f}"]
@@ -64,7 +69,7 @@ def test_the_frame_is_at_the_highest_selected_group_although_another_is_higher(d
     axes = figure.axes[1]
     (frame,) = (patch for patch in axes.patches if isinstance(patch, Rectangle))
     assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((16, 16), 8, 16)
-    shown = np.asarray(axes.images[0].get_array(), int)
+    shown = heat(axes).astype(int)
     strongest = np.abs(shown - [0xC4, 0x56, 0x0C]).sum(-1)  # nearest to the palette's orange: the framed group alone
     assert strongest[16:, 16:24].max() < strongest[:16].min()
 
@@ -100,7 +105,7 @@ def test_twenty_classes_have_twenty_looks_and_the_title_tells_the_silhouette() -
     for axes, sign in zip(figure.axes, (1, -1), strict=True):
         assert len(axes.collections) == 20
         np.testing.assert_array_equal(axes.collections[7].get_offsets(), sign * points[21:24])
-        looks = {(c.get_facecolor().tobytes(), c.get_paths()[0].vertices.tobytes()) for c in axes.collections}
+        looks = {(str(c.get_facecolor()), str(c.get_paths()[0].vertices)) for c in axes.collections}
         assert len(looks) == 20
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"Bird {number}" for number in range(20)]
     box, page = figure.legends[0].get_window_extent(), figure.bbox
