@@ -127,8 +127,8 @@ def _localization(models: list[Trained], bundle: Bundle, rows: Rows) -> Iterator
         "localization",
         "Figure 5. Where each attribute is read",
         f"Test images of unseen classes, and the {ATTRIBUTES} attributes that speak most for their true class. Orange "
-        "is high, scaled within each map over the groups that are read; the frame marks the highest of them. Striped "
-        f"groups are semantic-unrelated and not read. {' '.join(map(_map_source, models))}",
+        "is high, scaled within each map over the groups without stripes; the frame marks the highest of them. Striped "
+        f"groups are semantic-unrelated. {' '.join(map(_map_source, models))}",
         paper_figures.localization_grid(images, panels),
     )
 
