@@ -178,6 +178,23 @@ def report(
     print(f"report: {steps.report(str(evaluation), str(checkpoint), str(bundle), str(out), parent_run_id)}")
 
 
+@app.command(epilog=example("svip figures --checkpoint run --bundle bundle --baseline plain"))
+def figures(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    baseline: Annotated[str, typer.Option(help="Checkpoint to stand beside it, such as a plain ViT's.")] = "",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="Folder to write to.", show_default="CHECKPOINT/figures")
+    ] = "",
+    images: Annotated[int, typer.Option(min=1, max=32, help="Images that figures 5 and 6 show.")] = 3,
+    parent_run_id: Parent = "",
+) -> None:
+    """Draw the paper's figures 3, 5, 6 and 7 for a checkpoint, and a page with their captions."""
+    from svip import steps
+
+    print("\n".join(steps.figures(str(checkpoint), str(bundle), out, baseline, images, parent_run_id)))
+
+
 @app.command(epilog=example("svip config --preset paper/cub optim.lr=1e-5"))
 def config(
     preset: Preset = "smoke",

@@ -22,6 +22,7 @@ from svip.data.prepare import prepare_data as make_bundle
 from svip.evaluation.evaluate import check_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
 from svip.evaluation.evaluate import report as make_report
+from svip.evaluation.gallery import draw_figures
 from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.semantics.attributes import attribute_phrases
@@ -193,6 +194,26 @@ def report(evaluation: str, checkpoint: str, bundle: str, out: str, parent_run_i
     if parent_run_id:
         tracking.log_to_run(parent_run_id, artifacts=[page, Path(out) / "results.md"])
     return str(page)
+
+
+def figures(
+    checkpoint: str, bundle: str, out: str = "", baseline: str = "", images: int = 3, parent_run_id: str = ""
+) -> list[str]:
+    """Draw the paper's figures 3, 5, 6 and 7 into ``out`` (else figures/ of the checkpoint); the paths of all files.
+
+    ``baseline``: a checkpoint to stand beside it. ``images``: how many of them figures 5 and 6 show.
+    """
+    data = read_bundle(Path(bundle))
+    config = read_config(Path(checkpoint))
+    tags = {"bundle_sha256": data.sha256, "variant": variant(config), "step": "figures"}
+    with tracking.open_tracker(
+        _experiment(config), f"figures-{variant(config)}", parent_run_id=parent_run_id or None, tags=tags
+    ) as tracker:
+        folder = Path(out) if out else Path(checkpoint) / "figures"
+        files = draw_figures(Path(checkpoint), data, folder, Path(baseline) if baseline else None, images)
+        for file in files:
+            tracker.log_artifact(file)
+    return [str(file) for file in files]
 
 
 def close_run(run_id: str, status: str) -> None:

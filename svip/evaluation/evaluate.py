@@ -35,9 +35,7 @@ EXAMPLES = 8
 
 def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     """All protocols that the checkpoint's configuration lists; returns metrics.json's content (percent)."""
-    model, config, info = load_model(checkpoint)
-    check_bundle(checkpoint, config, info, bundle)
-    model.to(choose_device(config.train.device))
+    model, config, info = load_tested(checkpoint, bundle)
     unseen = bundle.classes_with("test_unseen")
     test = predict(model, config, bundle, bundle.rows("test_seen", "test_unseen"), "test")
     scores = test.scores(model, bundle.class_attributes)
@@ -77,6 +75,13 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     write_atomically(out / "predictions.npz", save)
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def load_tested(checkpoint: Path, bundle: Bundle) -> tuple[SVIP, Config, dict[str, Any]]:
+    """``load_model``, on the device that it computes on; CheckpointError where it can't be tested on this bundle."""
+    model, config, info = load_model(checkpoint)
+    check_bundle(checkpoint, config, info, bundle)
+    return model.to(choose_device(config.train.device)), config, info
 
 
 def check_bundle(checkpoint: Path, config: Config, info: Mapping[str, Any], bundle: Bundle) -> None:
