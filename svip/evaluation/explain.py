@@ -16,7 +16,7 @@ from torch import Tensor
 from svip.config import Config
 from svip.data.bundle import Bundle
 from svip.data.images import ImageDataset
-from svip.models.patches import AttentionScores, merge
+from svip.models.patches import AttentionScores, group_scores, merge
 from svip.models.svip import SVIP
 
 SEED = 0
@@ -68,9 +68,8 @@ def attention_by_layer(model: SVIP, images: Tensor) -> tuple[NDArray[np.float32]
 
     model.backbone.encode(model.backbone.embed(model.normalize(images)), hook=hook)
     tokens = torch.stack(layers.rows, 1)[:, :, model.backbone.prefix :]  # [n, L, N]
-    return tokens[:, :, model.index].mean(-1).cpu().numpy(), scores.groups(
-        model.backbone.prefix, model.index
-    ).cpu().numpy()
+    aggregate = group_scores(scores, model.backbone.prefix, model.index)
+    return tokens[:, :, model.index].mean(-1).cpu().numpy(), aggregate.cpu().numpy()
 
 
 @torch.no_grad()
