@@ -16,10 +16,11 @@ from svip.data.bundle import read_bundle
 from svip.data.prepare import prepare_data as make_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
 from svip.evaluation.evaluate import report as make_report
+from svip.predict import Predictor, write_overlays
 from svip.semantics.attributes import attribute_phrases
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import read_embedding, write_embedding
-from svip.training.checkpoint import read_config
+from svip.training.checkpoint import read_config, write_json
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
 
@@ -109,7 +110,7 @@ def train(
         if not logged.exists() or logged.read_text() != tracker.run_id:
             for name in ("config.yaml", "model.json", "history.json"):
                 tracker.log_artifact(directory / name)
-            tracking.log_checkpoint_model(tracker, directory, data.path)
+            tracking.log_checkpoint_model(tracker, directory)
             logged.write_text(tracker.run_id)
         validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
         return {"run_id": tracker.run_id, **validation}
@@ -147,6 +148,22 @@ def report(evaluation: str, checkpoint: str, bundle: str, out: str, parent_run_i
     if parent_run_id:
         tracking.log_to_run(parent_run_id, artifacts=[page, Path(out) / "results.md"])
     return str(page)
+
+
+def predict(
+    images: Sequence[str], checkpoint: str, classes: str = "", with_known: bool = False, top: int = 5, out: str = ""
+) -> list[dict[str, Any]]:
+    """The ``top`` classes of each image file with scores and reasons; with ``out`` also overlays and predictions.json.
+
+    ``classes``: a CSV of new classes, to choose among instead of the checkpoint's own (``with_known``: beside them).
+    """
+    answers = Predictor.load(checkpoint, classes or None, with_known)(*images, top=top)
+    results = [answer.to_dict() for answer in answers]
+    if out:
+        for result, overlay in zip(results, write_overlays(answers, Path(out)), strict=True):
+            result["overlay"] = str(overlay)
+        write_json(Path(out) / "predictions.json", results)
+    return results
 
 
 def close_run(run_id: str, status: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import re
@@ -16,18 +17,20 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+from PIL import Image
+
 import svip
-from svip.config import from_yaml
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
 
 # before mlflow is imported anywhere below: it reads them, and starts its telemetry, at import
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -50,8 +53,10 @@ STATUSES = {
     "SUCCEEDED": "FINISHED",  # this and the next as Kubeflow Pipelines says it
     "CANCELLED": "KILLED",
 }
-CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json")
-REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors")
+CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json", "classes.parquet")
+REQUIREMENTS = (
+    *("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors", "pillow", "tqdm"),
+)
 """What svip needs to load and run a checkpoint; logged with the versions that are installed."""
 
 
@@ -235,42 +240,63 @@ def log_to_run(run_id: str, metrics: Mapping[str, float] | None = None, artifact
         tracker.log_artifact(path)
 
 
-def log_checkpoint_model(tracker: Tracker, checkpoint: Path, bundle: Path, name: str = "model") -> str:
+def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model") -> str:
     """Log a checkpoint as an MLflow model; its URI (``models:/...``), or "" without a run.
 
-    ``mlflow.pyfunc.load_model(uri).predict(images)`` takes uint8 [B, S, S, 3] (RGB, S = data.image_size) and returns
-    one column of calibrated scores a class. The model carries svip's code, the weights and the bundle's classes, and
-    needs nothing of this checkout.
+    ``mlflow models serve`` answers with it: see svip.mlflow_model for what goes in and comes out. The model carries
+    svip's code, the weights and the classes, and needs nothing of this checkout.
     """
     if tracker._client is None:
         return ""
     import mlflow
-    import numpy as np
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.models import Model
 
-    side = from_yaml(checkpoint / "config.yaml").data.image_size
     package = Path(svip.__file__).parent
     mlflow.set_tracking_uri(tracking_uri())  # Model.log knows no other way
     # Model.log would put it in MLflow's default experiment, not in the run's.
     experiment = tracker._client.get_run(tracker.run_id).info.experiment_id
     model = tracker._client.create_logged_model(experiment, name, source_run_id=tracker.run_id)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*input example", category=UserWarning)  # the signature is enough
-        info = Model.log(
-            artifact_path=None,
-            name=name,
-            flavor=mlflow.pyfunc,
-            run_id=tracker.run_id,
-            model_id=model.model_id,
-            python_model=str(package / "mlflow_model.py"),
-            artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES}
-            | {"classes.parquet": str(bundle / "classes.parquet")},
-            code_paths=[str(package)],
-            pip_requirements=[f"{requirement}=={version(requirement)}" for requirement in REQUIREMENTS],
-            signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, side, side, 3))])),
-        )
+    info = Model.log(
+        artifact_path=None,
+        name=name,
+        flavor=mlflow.pyfunc,
+        run_id=tracker.run_id,
+        model_id=model.model_id,
+        python_model=str(package / "mlflow_model.py"),
+        artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES},
+        code_paths=[str(package)],
+        pip_requirements=[f"{requirement}=={version(requirement)}" for requirement in REQUIREMENTS],
+        signature=_signature(),
+        input_example=_input_example(),
+    )
     return str(info.model_uri)
+
+
+def _signature() -> ModelSignature:
+    """What svip.mlflow_model takes and returns, as MLflow checks it."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, Object, Property
+
+    evidence = [
+        Property("name", DataType.string),
+        Property("value", DataType.double),
+        Property("patch", Array(DataType.long), required=False),
+    ]
+    scalars = {"image": "long", "rank": "long", "class": "string", "score": "double", "share": "double"}
+    outputs = [ColSpec(kind, column) for column, kind in scalars.items()]
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema([*outputs, ColSpec(Array(Object(evidence)), "attributes")]),
+        params=ParamSchema([ParamSpec("top", DataType.long, 5), ParamSpec("classes", DataType.string, "")]),
+    )
+
+
+def _input_example() -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A grey PNG, and the parameters."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(file, "png")
+    return pd.DataFrame({"image": [file.getvalue()]}), {"top": 5, "classes": ""}
 
 
 def git_sha() -> str:

@@ -37,6 +37,19 @@ class Predictions:
         return scores
 
 
+def support(
+    attributes: NDArray[np.floating], of_class: NDArray[np.floating], classes: NDArray[np.floating]
+) -> NDArray[np.floating]:
+    """How much each attribute speaks for a class, [A]: what the image shows of it and ``classes`` [C, A] lack.
+
+    attributes: a_hat [A]. of_class: the class's attributes [A]. At unit length, as in Eq. 11, so that all of it sums
+    to the lead of the class's cosine over the classes' mean, times the length of a_hat.
+    """
+    rows = np.vstack([of_class, classes])
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return attributes * (unit[0] - unit[1:].mean(0))
+
+
 def choose_device(name: str) -> torch.device:
     """The device that ``train.device`` names; auto takes CUDA where there is one."""
     if name == "auto":
