@@ -256,6 +256,7 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
     # Model.log would put it in MLflow's default experiment, not in the run's.
     experiment = tracker._client.get_run(tracker.run_id).info.experiment_id
     model = tracker._client.create_logged_model(experiment, name, source_run_id=tracker.run_id)
+    path = sys.path.copy()
     info = Model.log(
         artifact_path=None,
         name=name,
@@ -269,6 +270,7 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
         signature=_signature(),
         input_example=_input_example(),
     )
+    sys.path[:] = path  # MLflow has tried the example on the model, whose temporary folder it leaves here
     return str(info.model_uri)
 
 

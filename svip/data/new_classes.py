@@ -32,10 +32,12 @@ def parse_new_classes(content: bytes, attributes: Sequence[str], source: str) ->
     if len(lines) < 2:
         raise DataError(f"{source}: expected a header (name and the attributes), and a line for each class")
     (_, header), *rows = lines
-    problems = list(_header_problems(header, ["name", *attributes])) or list(_row_problems(header, rows))
+    problems = list(_header_problems(header, ["name", *attributes]))
+    hint = ". `svip predict --template FILE` writes the header" if problems else ""
+    problems = problems or list(_row_problems(header, rows))
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise DataError(f"{source}: {'; '.join(problems[:NAMED])}{more}. `svip predict --template` writes the header")
+        raise DataError(f"{source}: {'; '.join(problems[:NAMED])}{more}{hint}")
     table = pd.DataFrame([cells for _, cells in rows], columns=header)
     numbers = table[list(attributes)].astype(np.float32)
     return pd.concat([table[["name"]].assign(role="test_unseen"), numbers], axis=1)
