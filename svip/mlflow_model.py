@@ -47,8 +47,7 @@ class CheckpointModel(PythonModel):
                 "class": ranked.name,
                 "score": ranked.score,
                 "share": ranked.share,
-                # lists, as the signature says, where Python has tuples
-                "attributes": [asdict(e) | {"patch": e.patch and list(e.patch)} for e in ranked.attributes],
+                "attributes": [asdict(evidence) for evidence in ranked.attributes],
             }
             for row, answer in enumerate(answers)
             for rank, ranked in enumerate(answer.classes, 1)

@@ -18,15 +18,14 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from svip.config import Config
 from svip.data.bundle import DataError
 from svip.data.images import decode, square, upright
 from svip.data.new_classes import parse_new_classes
-from svip.evaluation.inference import autocast, choose_device, support
-from svip.models.svip import SVIP
-from svip.training.checkpoint import CheckpointError, load_model, read_classes, write_atomically, write_text
+from svip.evaluation.inference import autocast, choose_device, distinctions
+from svip.models.svip import SVIP, Prediction
+from svip.training.checkpoint import load_model, read_classes, write_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,12 +104,7 @@ class Predictor:
         ``with_known`` puts the new classes beside the checkpoint's own. CheckpointError or DataError.
         """
         model, config, info = load_model(Path(folder))
-        known = read_classes(Path(folder))
-        if known.shape[1] - 2 != info["attributes"]:
-            raise CheckpointError(
-                f"{folder}: classes.parquet has {known.shape[1] - 2} attributes, and the model {info['attributes']}; "
-                "copy the file out of the bundle that it was trained on"
-            )
+        known = read_classes(Path(folder), info["attributes"])
         # what was trained on a GPU is used wherever there is one
         device = choose_device("cpu" if config.train.device == "cpu" else "auto")
         predictor = cls(model.to(device), config, info["gamma"] or 0.0, known, known)
@@ -132,25 +126,41 @@ class Predictor:
             raise ValueError(f"top={top}: expected at least 1")
         names = [str(image) if isinstance(image, str | Path) else f"image {n}" for n, image in enumerate(images, 1)]
         views = self._views(names, images)
-        matrix = torch.tensor(_matrix(self.candidates))  # [C, A]
+        matrix = _matrix(self.candidates)
+        distinctive = distinctions(matrix, _matrix(self.known))  # [C, A]
         seen = (self.candidates["role"] != "test_unseen").to_numpy()
         device, size = next(self.model.parameters()).device, self.config.evaluation.batch_size
+        grid = (self.model.backbone.grid[0] // 2, self.model.backbone.grid[1] // 2)
         answers = []
         for start in range(0, len(views), size):
             batch = np.stack([view.transpose(2, 0, 1) for view in views[start : start + size]])  # [B, 3, S, S]
             with autocast(self.config, device):
                 prediction = self.model.predict(torch.from_numpy(batch).to(device))
             attributes, selected = prediction.attributes.cpu(), prediction.selected.cpu()
-            scores = self.model.class_scores(attributes, matrix).numpy() - self.gamma * seen  # [B, C]
-            for k in range(len(batch)):
-                # scores of the same height go to the unseen class, as in evaluation
-                best = np.lexsort((seen, -scores[k]))[:top]
-                local = None if prediction.localization is None else prediction.localization[k].cpu()
-                classes = self._rank(best, scores[k], attributes[k].numpy(), selected[k], local)
-                grid = (self.model.backbone.grid[0] // 2, self.model.backbone.grid[1] // 2)
-                mask = selected[k].reshape(grid).numpy()
-                answers.append(Answer(names[start + k], classes, mask, views[start + k]))
+            scores = self.model.class_scores(attributes, torch.from_numpy(matrix)).numpy() - self.gamma * seen  # [B, C]
+            for k, view in enumerate(views[start : start + size]):
+                best = np.lexsort((seen, -scores[k]))[:top]  # unseen classes get the ties, as in evaluation
+                shares = np.exp(scores[k] - scores[k].max())
+                patches = _patches(prediction, k, grid)
+                classes = [
+                    RankedClass(
+                        str(self.candidates["name"].iloc[c]),
+                        float(scores[k, c]),
+                        float(shares[c] / shares.sum()),
+                        self._reasons(attributes[k].numpy(), distinctive[c], patches),
+                    )
+                    for c in best
+                ]
+                answers.append(Answer(names[start + k], classes, selected[k].reshape(grid).numpy(), view))
         return answers
+
+    def _reasons(
+        self, a_hat: NDArray[np.float32], distinctive: NDArray[np.float32], patches: list[tuple[int, int]] | None
+    ) -> list[Evidence]:
+        """The attributes that speak most for a class: of a_hat [A], its distinctions [A] and their patches [A]."""
+        decided = np.argsort(-a_hat * distinctive)[:ATTRIBUTES_NAMED]
+        names = self.known.columns[2:]
+        return [Evidence(str(names[a]), float(a_hat[a]), patches[a] if patches else None) for a in decided]
 
     def _views(self, names: Sequence[str], images: Sequence[Photo]) -> list[NDArray[np.uint8]]:
         data, views, unreadable = self.config.data, [], []
@@ -163,35 +173,6 @@ class Predictor:
             named = "".join(f"\n  {image}" for image in unreadable)
             raise DataError(f"{len(unreadable)} of {len(images)} images can't be read:{named}")
         return views
-
-    def _rank(
-        self,
-        best: NDArray[np.int64],
-        scores: NDArray[np.floating],
-        attributes: NDArray[np.float32],
-        selected: Tensor,
-        localization: Tensor | None,
-    ) -> list[RankedClass]:
-        """The classes ``best`` of one image with their reasons, from scores [C], a_hat [A] and its groups."""
-        shares = np.exp(scores - scores.max())
-        shares /= shares.sum()
-        patches = None if localization is None else _strongest(localization, selected)
-        columns = self.model.backbone.grid[1] // 2
-        ranked = []
-        for c in best:
-            reasons = support(attributes, _matrix(self.candidates.iloc[[c]])[0], _matrix(self.known))
-            evidence = [
-                Evidence(
-                    str(self.known.columns[2 + a]),
-                    float(attributes[a]),
-                    None if patches is None else divmod(int(patches[a]), columns),
-                )
-                for a in np.argsort(-reasons)[:ATTRIBUTES_NAMED]
-            ]
-            ranked.append(
-                RankedClass(str(self.candidates["name"].iloc[c]), float(scores[c]), float(shares[c]), evidence)
-            )
-        return ranked
 
 
 def write_overlays(answers: Sequence[Answer], out: Path) -> list[Path]:
@@ -211,7 +192,7 @@ def write_template(checkpoint: Path, file: Path) -> None:
     """An empty CSV file with the columns that new classes need; FileExistsError where ``file`` is one already."""
     if file.exists():
         raise FileExistsError(f"{file} is there already; give another file to --template")
-    columns = read_classes(checkpoint).columns.drop("role")
+    columns = Predictor.load(checkpoint).known.columns.drop("role")
     write_text(file, pd.DataFrame(columns=columns).to_csv(index=False))
 
 
@@ -231,12 +212,11 @@ def _matrix(classes: pd.DataFrame) -> NDArray[np.float32]:
     return np.ascontiguousarray(classes.iloc[:, 2:], np.float32)
 
 
-def _strongest(localization: Tensor, selected: Tensor) -> NDArray[np.int64]:
-    """For each attribute the selected group with its highest value, [A].
-
-    localization: [G, A], or [M, A] of a model that drops the others. selected: bool [G].
-    """
-    groups = selected.nonzero().flatten()
-    values = localization if len(localization) == len(groups) else localization[groups]
-    strongest: NDArray[np.int64] = groups[values.argmax(0)].numpy()
-    return strongest
+def _patches(prediction: Prediction, k: int, grid: tuple[int, int]) -> list[tuple[int, int]] | None:
+    """Image k's selected group with the highest value of each attribute, as row and column: [A]."""
+    if prediction.localization is None:
+        return None
+    groups, values = prediction.selected[k].nonzero().flatten(), prediction.localization[k]
+    if len(values) != len(groups):  # a model that drops the others has only values of the selected groups
+        values = values[groups]
+    return [divmod(group, grid[1]) for group in groups[values.argmax(0)].tolist()]

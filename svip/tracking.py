@@ -30,7 +30,6 @@ import svip
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.models import ModelSignature
 
 # before mlflow is imported anywhere below: it reads them, and starts its telemetry, at import
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -54,10 +53,8 @@ STATUSES = {
     "CANCELLED": "KILLED",
 }
 CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json", "classes.parquet")
-REQUIREMENTS = (
-    *("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors", "pillow", "tqdm"),
-)
-"""What svip needs to load and run a checkpoint; logged with the versions that are installed."""
+REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors", "pillow")
+"""What svip needs to load and run a checkpoint (tqdm comes with timm); logged with the versions that are installed."""
 
 
 class TrackingError(RuntimeError):
@@ -249,14 +246,16 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
     if tracker._client is None:
         return ""
     import mlflow
-    from mlflow.models import Model
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     package = Path(svip.__file__).parent
     mlflow.set_tracking_uri(tracking_uri())  # Model.log knows no other way
     # Model.log would put it in MLflow's default experiment, not in the run's.
     experiment = tracker._client.get_run(tracker.run_id).info.experiment_id
     model = tracker._client.create_logged_model(experiment, name, source_run_id=tracker.run_id)
-    path = sys.path.copy()
+    photo, path = io.BytesIO(), sys.path.copy()
+    Image.new("RGB", (64, 64), "grey").save(photo, "png")
     info = Model.log(
         artifact_path=None,
         name=name,
@@ -267,38 +266,14 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
         artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES},
         code_paths=[str(package)],
         pip_requirements=[f"{requirement}=={version(requirement)}" for requirement in REQUIREMENTS],
-        signature=_signature(),
-        input_example=_input_example(),
+        signature=ModelSignature(
+            inputs=Schema([ColSpec(DataType.binary, "image")]),
+            params=ParamSchema([ParamSpec("top", DataType.long, 5), ParamSpec("classes", DataType.string, "")]),
+        ),
+        input_example=(pd.DataFrame({"image": [photo.getvalue()]}), {"top": 5, "classes": ""}),
     )
     sys.path[:] = path  # MLflow has tried the example on the model, whose temporary folder it leaves here
     return str(info.model_uri)
-
-
-def _signature() -> ModelSignature:
-    """What svip.mlflow_model takes and returns, as MLflow checks it."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import Array, Object, Property
-
-    evidence = [
-        Property("name", DataType.string),
-        Property("value", DataType.double),
-        Property("patch", Array(DataType.long), required=False),
-    ]
-    scalars = {"image": "long", "rank": "long", "class": "string", "score": "double", "share": "double"}
-    outputs = [ColSpec(kind, column) for column, kind in scalars.items()]
-    return ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image")]),
-        outputs=Schema([*outputs, ColSpec(Array(Object(evidence)), "attributes")]),
-        params=ParamSchema([ParamSpec("top", DataType.long, 5), ParamSpec("classes", DataType.string, "")]),
-    )
-
-
-def _input_example() -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A grey PNG, and the parameters."""
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), "grey").save(file, "png")
-    return pd.DataFrame({"image": [file.getvalue()]}), {"top": 5, "classes": ""}
 
 
 def git_sha() -> str:

@@ -20,7 +20,7 @@ from svip.data.bundle import TRAINVAL, Bundle
 from svip.data.images import square
 from svip.evaluation import eszsl
 from svip.evaluation.calibration import SeenUnseenCurve
-from svip.evaluation.inference import Predictions, choose_device, frozen_features, predict, support
+from svip.evaluation.inference import Predictions, choose_device, distinctions, frozen_features, predict
 from svip.evaluation.metrics import chance, per_class_accuracy, zero_shot_metrics
 from svip.evaluation.report import Example, write_report
 from svip.models.svip import SVIP
@@ -206,12 +206,13 @@ def _examples(model: SVIP, config: Config, bundle: Bundle, evaluation: Path, gam
     halves = [np.flatnonzero(is_unseen == unseen) for unseen in (True, False)]
     chosen = np.concatenate([half[np.linspace(0, len(half) - 1, EXAMPLES // 2).astype(int)] for half in halves])
     grid = (model.backbone.grid[0] // 2, model.backbone.grid[1] // 2)
+    distinctive = distinctions(bundle.class_attributes, bundle.class_attributes)
     examples = []
     for k in chosen:
         row = int(rows[k])
         best = np.argsort(-calibrated[k])[:3]
         # what speaks for the first class: its attributes that the image shows and other classes lack
-        reasons = support(attributes[k], bundle.class_attributes[best[0]], bundle.class_attributes)
+        reasons = attributes[k] * distinctive[best[0]]
         decided = np.argsort(-reasons)[:3]
         examples.append(
             Example(

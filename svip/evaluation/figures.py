@@ -196,12 +196,12 @@ def example_tile(
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     hatch_unselected(axes, image, selected)
+    stroke: list[Any] = [withStroke(linewidth=3.2, foreground="#1d2228")]
     if mask is not None and mask.any() and not mask.all():
         pixels = (np.arange(width) + 0.5, np.arange(height) + 0.5)
         outline = axes.contour(*pixels, mask != 0, levels=[0.5], colors="#ffd23f", linewidths=1.6)
-        outline.set_path_effects([withStroke(linewidth=3.2, foreground="#1d2228")])
+        outline.set_path_effects(stroke)
     cell = np.array([width / selected.shape[1], height / selected.shape[0]])
-    stroke = [withStroke(linewidth=3.2, foreground="#1d2228")]
     for patch in dict.fromkeys(patches):
         corner = cell * patch[::-1]
         axes.add_patch(Rectangle(corner, *cell, fill=False, edgecolor="#ffd23f", linewidth=1.6, path_effects=stroke))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -37,17 +38,14 @@ class Predictions:
         return scores
 
 
-def support(
-    attributes: NDArray[np.floating], of_class: NDArray[np.floating], classes: NDArray[np.floating]
-) -> NDArray[np.floating]:
-    """How much each attribute speaks for a class, [A]: what the image shows of it and ``classes`` [C, A] lack.
+def distinctions(classes: NDArray[np.float32], among: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What each class [C, A] has of the attributes and the classes ``among`` [K, A] lack on average, [C, A].
 
-    attributes: a_hat [A]. of_class: the class's attributes [A]. At unit length, as in Eq. 11, so that all of it sums
-    to the lead of the class's cosine over the classes' mean, times the length of a_hat.
+    At unit length, as in Eq. 11: a_hat times a row says how much each attribute speaks for that class, and sums to the
+    lead of its cosine over the mean one (times the length of a_hat).
     """
-    rows = np.vstack([of_class, classes])
-    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return attributes * (unit[0] - unit[1:].mean(0))
+    own, others = (F.normalize(torch.from_numpy(matrix)) for matrix in (classes, among))
+    return (own - others.mean(0)).numpy()
 
 
 def choose_device(name: str) -> torch.device:

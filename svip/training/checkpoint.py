@@ -118,15 +118,16 @@ def write_classes(directory: Path, classes: pd.DataFrame) -> None:
     write_atomically(directory / "classes.parquet", lambda temporary: classes.to_parquet(temporary, index=False))
 
 
-def read_classes(directory: Path) -> pd.DataFrame:
-    """The classes that a checkpoint was trained for; CheckpointError where it has none."""
+def read_classes(directory: Path, attributes: int) -> pd.DataFrame:
+    """The classes that a checkpoint was trained for; CheckpointError where they are not there or other ones."""
     path = directory / "classes.parquet"
-    if not path.is_file():  # of a training by an older version
+    classes = pd.read_parquet(path) if path.is_file() else None  # trainings by older versions have none
+    if classes is None or classes.shape[1] - 2 != attributes:
         raise CheckpointError(
-            f"{directory} holds no classes.parquet; run its `svip train` again (which adds it and trains nothing), or "
-            "copy the file out of the bundle that it was trained on"
+            f"{path}: expected the checkpoint's classes with {attributes} attributes; run its `svip train` again "
+            "(which adds them and trains nothing), or copy the file out of the bundle that it was trained on"
         )
-    return pd.read_parquet(path)
+    return classes
 
 
 def write_config(directory: Path, config: Config) -> None:

@@ -21,7 +21,7 @@ from svip.data.prepare import pack
 from svip.data.splits import Split
 from svip.evaluation.evaluate import evaluate
 from svip.models.svip import SVIP
-from svip.predict import Answer, Evidence, Predictor, RankedClass, write_overlays, write_template
+from svip.predict import Answer, Evidence, Photo, Predictor, RankedClass, write_overlays, write_template
 from svip.training.checkpoint import CheckpointError, load_model, save_model, write_classes
 
 GAMMA = 0.5
@@ -237,7 +237,7 @@ def test_unreadable_images_are_all_named_before_anything_is_computed(
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "cut.jpg").write_bytes(photos[1].read_bytes()[:-400])
     predictor = replace(Predictor.load(folder), model=None)  # type: ignore[arg-type]  # which could compute nothing
-    bad = [tmp_path / "text.jpg", tmp_path / "cut.jpg", tmp_path / "none.jpg", np.zeros((8, 8), np.uint8)]
+    bad: list[Photo] = [tmp_path / "text.jpg", tmp_path / "cut.jpg", tmp_path / "none.jpg", np.zeros((8, 8), np.uint8)]
     with pytest.raises(DataError) as error:
         predictor(photos[0], *bad)
     first, *lines = str(error.value).splitlines()
@@ -258,10 +258,12 @@ def test_a_folder_without_classes_loads_and_the_predictor_says_what_to_do(tmp_pa
     run = checkpoint(tmp_path / "run")
     (run / "classes.parquet").unlink()
     load_model(run)
-    with pytest.raises(CheckpointError, match="holds no classes.parquet; run its `svip train` again"):
+    with pytest.raises(
+        CheckpointError, match="expected the checkpoint's classes with 4 attributes; run its `svip train` again"
+    ):
         Predictor.load(run)
     write_classes(run, CLASSES.drop(columns="size::big"))
-    with pytest.raises(CheckpointError, match="classes.parquet has 3 attributes, and the model 4"):
+    with pytest.raises(CheckpointError, match="expected the checkpoint's classes with 4 attributes"):
         Predictor.load(run)
 
 
