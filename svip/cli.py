@@ -157,7 +157,7 @@ def report(
 def predict(
     checkpoint: Checkpoint,
     images: Annotated[
-        list[Path] | None, typer.Argument(metavar="IMAGE...", help="Photos of any size.", show_default=False)
+        list[Path] | None, typer.Argument(metavar="IMAGE", help="Photos of any size.", show_default=False)
     ] = None,
     classes: Annotated[
         Path | None,
@@ -180,7 +180,7 @@ def predict(
         print(f"written: {template}; a line for each class, its name and the attributes as numbers")
         return
     if not images:
-        raise typer.BadParameter("give at least one image (or --template)", param_hint="IMAGE...")
+        raise typer.BadParameter("give at least one image (or --template)", param_hint="IMAGE")
     results = steps.predict(
         [str(image) for image in images], str(checkpoint), str(classes or ""), with_known, top, str(out or "")
     )

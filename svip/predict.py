@@ -44,7 +44,8 @@ class Evidence:
     value: float
     """As predicted, of a_hat."""
     patch: tuple[int, int] | None
-    """Row and column (from 0) of the selected group with its highest value; None when no patches are read."""
+    """Row and column (from 0) of the selected group with its highest value; None when no patches are read, or when
+    it speaks by its absence (a value below 0)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Answer:
         """The view with unselected groups hatched, and the patches of the first class's attributes numbered."""
         from svip.evaluation.figures import example_tile  # a server draws nothing, and so needs no matplotlib
 
-        return example_tile(self.view, self.selected, patches=[e.patch for e in self.classes[0].attributes if e.patch])
+        return example_tile(self.view, self.selected, patches=[e.patch for e in self.classes[0].attributes])
 
     def to_dict(self) -> dict[str, Any]:
         """All of it but the pixels, ready for JSON; ``selected`` as rows and columns of groups."""
@@ -160,7 +161,8 @@ class Predictor:
         """The attributes that speak most for a class: of a_hat [A], its distinctions [A] and their patches [A]."""
         decided = np.argsort(-a_hat * distinctive)[:ATTRIBUTES_NAMED]
         names = self.known.columns[2:]
-        return [Evidence(str(names[a]), float(a_hat[a]), patches[a] if patches else None) for a in decided]
+        shown = [patches[a] if patches and a_hat[a] > 0 else None for a in decided]
+        return [Evidence(str(names[a]), float(a_hat[a]), patch) for a, patch in zip(decided, shown, strict=True)]
 
     def _views(self, names: Sequence[str], images: Sequence[Photo]) -> list[NDArray[np.uint8]]:
         data, views, unreadable = self.config.data, [], []

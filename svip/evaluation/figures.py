@@ -184,12 +184,12 @@ def example_tile(
     image: np.ndarray,
     selected: np.ndarray,
     mask: np.ndarray | None = None,
-    patches: Sequence[tuple[int, int]] = (),
+    patches: Sequence[tuple[int, int] | None] = (),
 ) -> Figure:
     """A test image without frame: unselected groups hatched, the object's true outline drawn if its mask is known.
 
     image: uint8 [H, W, 3]. selected: bool [h, w] over the merged groups. mask: [H, W], non-zero on the object.
-    patches: row and column of groups to frame, numbered from 1 in this order.
+    patches: row and column of groups to frame, numbered from 1 in this order; None only counts.
     """
     height, width = image.shape[:2]
     figure = Figure(figsize=(2.3, 2.3 * height / width))
@@ -202,7 +202,7 @@ def example_tile(
         outline = axes.contour(*pixels, mask != 0, levels=[0.5], colors="#ffd23f", linewidths=1.6)
         outline.set_path_effects(stroke)
     cell = np.array([width / selected.shape[1], height / selected.shape[0]])
-    for patch in dict.fromkeys(patches):
+    for patch in dict.fromkeys(filter(None, patches)):
         corner = cell * patch[::-1]
         axes.add_patch(Rectangle(corner, *cell, fill=False, edgecolor="#ffd23f", linewidth=1.6, path_effects=stroke))
         numbers = ",".join(str(n) for n, other in enumerate(patches, 1) if other == patch)

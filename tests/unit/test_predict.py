@@ -148,6 +148,7 @@ def test_the_reasons_are_what_the_image_shows_of_a_class_and_others_lack(
     groups = [g for g in range(16) if prediction.selected[0, g]]
     assert len(groups) == 8 and [4 * r + c for r, c in np.argwhere(answer.selected).tolist()] == groups
     unit = [[value / sum(v * v for v in row) ** 0.5 for value in row] for row in MATRIX.tolist()]
+    placed = 0
     for ranked in answer.classes:
         own = unit[NAMES.index(ranked.name)]
         support = [a_hat[a] * (own[a] - sum(row[a] for row in unit) / 4) for a in range(4)]
@@ -155,8 +156,8 @@ def test_the_reasons_are_what_the_image_shows_of_a_class_and_others_lack(
         assert [evidence.name for evidence in ranked.attributes] == [ATTRIBUTES[a] for a in decided]
         for a, evidence in zip(decided, ranked.attributes, strict=True):
             assert evidence.value == pytest.approx(a_hat[a], rel=1e-5)
-            if prediction.localization is None:
-                assert evidence.patch is None
+            if prediction.localization is None or a_hat[a] < 0:
+                assert evidence.patch is None, "none is read, or none shows it"
                 continue
             local = prediction.localization[0, :, a].tolist()
             values = dict(zip(groups, local, strict=True)) if len(local) == 8 else {g: local[g] for g in groups}
@@ -164,6 +165,8 @@ def test_the_reasons_are_what_the_image_shows_of_a_class_and_others_lack(
             assert evidence.patch == (best // 4, best % 4)
             if model.config.pooling == "max":
                 assert values[best] == pytest.approx(evidence.value, rel=1e-5), "where Eq. 10 read it"
+            placed += 1
+    assert (placed > 0) == (prediction.localization is not None)
 
 
 def test_new_classes_are_the_only_candidates_and_need_no_gamma(folder: Path, photos: list[Path]) -> None:
@@ -268,7 +271,8 @@ def test_a_folder_without_classes_loads_and_the_predictor_says_what_to_do(tmp_pa
 
 
 def answer_named(image: str, view: NDArray[np.uint8]) -> Answer:
-    evidence = [Evidence("a", 1.0, (0, 1)), Evidence("b", 0.5, (1, 0)), Evidence("c", 0.2, (0, 1))]
+    patches: list[tuple[int, int] | None] = [(0, 1), None, (1, 0), (0, 1)]
+    evidence = [Evidence("a", 1.0, patch) for patch in patches]
     return Answer(image, [RankedClass("x", 1.0, 1.0, evidence)], np.array([[False, True], [True, False]]), view)
 
 
@@ -276,7 +280,7 @@ def test_the_overlay_frames_and_numbers_the_patches_that_decided(tmp_path: Path)
     white = np.full((40, 40, 3), 255, np.uint8)
     answers = [answer_named(name, white) for name in ("a/bird.jpg", "b/bird.png", "cat.jpg")]
     figure = answers[0].overlay()
-    assert [text.get_text() for text in figure.axes[0].texts] == ["1,3", "2"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1,4", "3"]
     files = write_overlays(answers, tmp_path / "why")
     assert [file.name for file in files] == ["bird_overlay.png", "bird_overlay_2.png", "cat_overlay.png"]
     assert sorted((tmp_path / "why").iterdir()) == sorted(files), "nothing half-written stays"
