@@ -25,10 +25,11 @@ from svip.evaluation.evaluate import report as make_report
 from svip.evaluation.gallery import draw_figures
 from svip.models.published import load_published
 from svip.models.svip import SVIP
+from svip.predict import Predictor, write_overlays
 from svip.semantics.attributes import attribute_phrases
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import read_embedding, read_vectors, write_embedding
-from svip.training.checkpoint import read_config, save_model, write_json
+from svip.training.checkpoint import read_config, save_model, write_classes, write_json
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
 
@@ -121,7 +122,7 @@ def train(
         if not logged.exists() or logged.read_text() != tracker.run_id:
             for name in ("config.yaml", "model.json", "history.json"):
                 tracker.log_artifact(directory / name)
-            tracking.log_checkpoint_model(tracker, directory, data.path)
+            tracking.log_checkpoint_model(tracker, directory)
             logged.write_text(tracker.run_id)
         validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
         return {"run_id": tracker.run_id, **validation}
@@ -142,8 +143,8 @@ def import_checkpoint(
     model = SVIP(dataclasses.replace(config.model, weights="none"), config.data.image_size, torch.from_numpy(words))
     info: dict[str, Any] = dict.fromkeys(("epochs", "gamma", "validation", "bundle_sha256", "device", "seconds"))
     info["attributes"] = len(words)
-    if bundle:
-        data = read_bundle(Path(bundle))
+    data = read_bundle(Path(bundle)) if bundle else None
+    if data:
         check_bundle(Path(file), config, info, data)
         info["bundle_sha256"] = data.sha256
     left_over = load_published(model, Path(file))
@@ -155,6 +156,8 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         write_json(temporary / "history.json", [])
+        if data:
+            write_classes(temporary, data.classes)
         save_model(temporary, model, config, info)
         temporary.replace(directory)
     finally:
@@ -214,6 +217,22 @@ def figures(
         for file in files:
             tracker.log_artifact(file)
     return [str(file) for file in files]
+
+
+def predict(
+    images: Sequence[str], checkpoint: str, classes: str = "", with_known: bool = False, top: int = 5, out: str = ""
+) -> list[dict[str, Any]]:
+    """The ``top`` classes of each image file with scores and reasons; with ``out`` also overlays and predictions.json.
+
+    ``classes``: a CSV of new classes, to choose among instead of the checkpoint's own (``with_known``: beside them).
+    """
+    answers = Predictor.load(checkpoint, classes or None, with_known)(*images, top=top)
+    results = [answer.to_dict() for answer in answers]
+    if out:
+        for result, overlay in zip(results, write_overlays(answers, Path(out)), strict=True):
+            result["overlay"] = str(overlay)
+        write_json(Path(out) / "predictions.json", results)
+    return results
 
 
 def close_run(run_id: str, status: str) -> None:
