@@ -221,6 +221,61 @@ def report(
     print(f"report: {steps.report(str(evaluation), str(checkpoint), str(bundle), str(out), parent_run_id)}")
 
 
+@app.command(epilog=example("svip figures --checkpoint run --bundle bundle --baseline plain"))
+def figures(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    baseline: Annotated[str, typer.Option(help="Checkpoint to stand beside it, such as a plain ViT's.")] = "",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="Folder to write to.", show_default="CHECKPOINT/figures")
+    ] = "",
+    images: Annotated[int, typer.Option(min=1, max=32, help="Images that figures 5 and 6 show.")] = 3,
+    parent_run_id: Parent = "",
+) -> None:
+    """Draw the paper's figures 3, 5, 6 and 7 for a checkpoint, and a page with their captions."""
+    from svip import steps
+
+    print("\n".join(steps.figures(str(checkpoint), str(bundle), out, baseline, images, parent_run_id)))
+
+
+@app.command(epilog=example("svip predict a.jpg b.jpg --checkpoint run --classes new.csv --out why"))
+def predict(
+    checkpoint: Checkpoint,
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="IMAGE", help="Photos of any size.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="CSV of new classes (name, attributes) to choose among.", show_default="the checkpoint's"),
+    ] = None,
+    with_known: Annotated[bool, typer.Option("--with-known", help="New classes beside the checkpoint's own.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Classes shown of each image.")] = 5,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for overlays.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    template: Annotated[
+        Path | None, typer.Option(help="Only write an empty CSV for --classes.", show_default=False)
+    ] = None,
+) -> None:
+    """Say what is on photos, of known classes or of new ones, and which attributes and patches decided."""
+    from svip import steps
+    from svip.predict import write_template
+
+    if template is not None:
+        write_template(checkpoint, template)
+        print(f"written: {template}; a line for each class, its name and the attributes as numbers")
+        return
+    if not images:
+        raise typer.BadParameter("give at least one image (or --template)", param_hint="IMAGE")
+    results = steps.predict(
+        [str(image) for image in images], str(checkpoint), str(classes or ""), with_known, top, str(out or "")
+    )
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    for result in results:
+        print_prediction(result)
+
+
 @app.command(epilog=example("svip config --preset paper/cub optim.lr=1e-5"))
 def config(
     preset: Preset = "smoke",
@@ -268,6 +323,21 @@ def print_table(page: Path) -> None:
     """The table of a sweep, and where its files are."""
     print(page.with_suffix(".md").read_text(encoding="utf-8"))
     print(f"written to {page.parent}: {', '.join(sorted(file.name for file in page.parent.glob(f'{page.stem}.*')))}")
+
+
+def print_prediction(result: dict[str, Any]) -> None:
+    """One image: its classes, and what decided for the first of them."""
+    print(result["image"])
+    table = numbers_table(["class"], ["score", "share, %"])
+    for ranked in result["classes"]:
+        table.add_row(escape(ranked["name"]), f"{ranked['score']:.3f}", f"{100 * ranked['share']:.1f}")
+    reasons = numbers_table(["", "what decided for the first"], ["value", "row, column"])
+    for number, reason in enumerate(result["classes"][0]["attributes"], 1):
+        patch = "-" if reason["patch"] is None else "{}, {}".format(*reason["patch"])
+        reasons.add_row(str(number), escape(reason["name"]), f"{reason['value']:.2f}", patch)
+    console.print(table, reasons)
+    if "overlay" in result:
+        print(f"overlay: {result['overlay']}")
 
 
 def numbers_table(labels: Sequence[str], numbers: Sequence[str]) -> Table:

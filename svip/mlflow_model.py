@@ -5,38 +5,53 @@ Nothing imports this module; svip.tracking.log_checkpoint_model hands its path t
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from svip.training.checkpoint import load_model
+from svip.predict import Predictor
 
 
 class CheckpointModel(PythonModel):
-    """Scores images against all classes of the bundle that the checkpoint was trained on."""
+    """A ``Predictor`` that takes encoded photos (JPEG, PNG, ...) in the column ``image``, over HTTP as base64."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights and the class-attribute matrix."""
-        self.model, _, self.info = load_model(Path(context.artifacts["model.json"]).parent)
-        classes = pd.read_parquet(context.artifacts["classes.parquet"])
-        self.names = classes["name"].tolist()
-        self.seen = torch.tensor((classes["role"] != "test_unseen").to_numpy())
-        self.class_attributes = torch.tensor(classes.drop(columns=["name", "role"]).to_numpy(np.float32))
+        """Load the weights and the classes."""
+        self.predictor = Predictor.load(Path(context.artifacts["model.json"]).parent)
 
     def predict(
-        self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """uint8 [B, S, S, 3] -> float scores [B, C], one column a class; gamma is already off the seen classes."""
-        images = torch.from_numpy(np.ascontiguousarray(model_input)).permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            scores = self.model.class_scores(self.model.predict(images).attributes, self.class_attributes)
-        scores = scores - (self.info["gamma"] or 0.0) * self.seen
-        return pd.DataFrame(scores.numpy(), columns=self.names)
+        """``params["top"]`` rows an image: image (row of the input), rank (from 1), class, score, share, attributes.
+
+        ``params["classes"]``: a CSV of new classes to choose among instead of the checkpoint's; empty: those.
+        """
+        settings = params or {}
+        table, images = settings.get("classes", ""), list(model_input["image"])
+        try:
+            if not all(isinstance(image, bytes) for image in images):  # a string would be the path of a file here
+                raise ValueError("image: expected encoded photos as bytes (in JSON: base64)")
+            predictor = self.predictor.among(table.encode()) if table else self.predictor
+            answers = predictor(*images, top=settings.get("top", 5))
+        except ValueError as error:  # of the input: the client is told, as status 400
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        return pd.DataFrame(
+            {
+                "image": row,
+                "rank": rank,
+                "class": ranked.name,
+                "score": ranked.score,
+                "share": ranked.share,
+                "attributes": [asdict(evidence) for evidence in ranked.attributes],
+            }
+            for row, answer in enumerate(answers)
+            for rank, ranked in enumerate(answer.classes, 1)
+        )
 
 
 set_model(CheckpointModel())

@@ -24,12 +24,14 @@ from svip.evaluation import comparison
 from svip.evaluation.evaluate import check_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
 from svip.evaluation.evaluate import report as make_report
+from svip.evaluation.gallery import draw_figures
 from svip.models.published import load_published
 from svip.models.svip import SVIP
+from svip.predict import Predictor, write_overlays
 from svip.semantics.attributes import attribute_phrases
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import read_embedding, read_vectors, write_embedding
-from svip.training.checkpoint import read_config, save_model, write_json
+from svip.training.checkpoint import read_config, save_model, write_classes, write_json
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
 
@@ -124,7 +126,7 @@ def train(
         if not logged.exists() or logged.read_text() != tracker.run_id:
             for name in ("config.yaml", "model.json", "history.json"):
                 tracker.log_artifact(directory / name)
-            tracking.log_checkpoint_model(tracker, directory, data.path)
+            tracking.log_checkpoint_model(tracker, directory)
             logged.write_text(tracker.run_id)
         validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
         return {"run_id": tracker.run_id, **validation}
@@ -145,8 +147,8 @@ def import_checkpoint(
     model = SVIP(dataclasses.replace(config.model, weights="none"), config.data.image_size, torch.from_numpy(words))
     info: dict[str, Any] = dict.fromkeys(("epochs", "gamma", "validation", "bundle_sha256", "device", "seconds"))
     info["attributes"] = len(words)
-    if bundle:
-        data = read_bundle(Path(bundle))
+    data = read_bundle(Path(bundle)) if bundle else None
+    if data:
         check_bundle(Path(file), config, info, data)
         info["bundle_sha256"] = data.sha256
     left_over = load_published(model, Path(file))
@@ -158,6 +160,8 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         write_json(temporary / "history.json", [])
+        if data:
+            write_classes(temporary, data.classes)
         save_model(temporary, model, config, info)
         temporary.replace(directory)
     finally:
@@ -293,6 +297,42 @@ def report(evaluation: str, checkpoint: str, bundle: str, out: str, parent_run_i
     if parent_run_id:
         tracking.log_to_run(parent_run_id, artifacts=[page, Path(out) / "results.md"])
     return str(page)
+
+
+def figures(
+    checkpoint: str, bundle: str, out: str = "", baseline: str = "", images: int = 3, parent_run_id: str = ""
+) -> list[str]:
+    """Draw the paper's figures 3, 5, 6 and 7 into ``out`` (else figures/ of the checkpoint); the paths of all files.
+
+    ``baseline``: a checkpoint to stand beside it. ``images``: how many of them figures 5 and 6 show.
+    """
+    data = read_bundle(Path(bundle))
+    config = read_config(Path(checkpoint))
+    tags = {"bundle_sha256": data.sha256, "variant": variant(config), "step": "figures"}
+    with tracking.open_tracker(
+        _experiment(config), f"figures-{variant(config)}", parent_run_id=parent_run_id or None, tags=tags
+    ) as tracker:
+        folder = Path(out) if out else Path(checkpoint) / "figures"
+        files = draw_figures(Path(checkpoint), data, folder, Path(baseline) if baseline else None, images)
+        for file in files:
+            tracker.log_artifact(file)
+    return [str(file) for file in files]
+
+
+def predict(
+    images: Sequence[str], checkpoint: str, classes: str = "", with_known: bool = False, top: int = 5, out: str = ""
+) -> list[dict[str, Any]]:
+    """The ``top`` classes of each image file with scores and reasons; with ``out`` also overlays and predictions.json.
+
+    ``classes``: a CSV of new classes, to choose among instead of the checkpoint's own (``with_known``: beside them).
+    """
+    answers = Predictor.load(checkpoint, classes or None, with_known)(*images, top=top)
+    results = [answer.to_dict() for answer in answers]
+    if out:
+        for result, overlay in zip(results, write_overlays(answers, Path(out)), strict=True):
+            result["overlay"] = str(overlay)
+        write_json(Path(out) / "predictions.json", results)
+    return results
 
 
 def close_run(run_id: str, status: str) -> None:

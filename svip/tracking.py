@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import re
@@ -16,15 +17,16 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+from PIL import Image
+
 import svip
-from svip.config import from_yaml
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,9 +52,9 @@ STATUSES = {
     "SUCCEEDED": "FINISHED",  # this and the next as Kubeflow Pipelines says it
     "CANCELLED": "KILLED",
 }
-CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json")
-REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors")
-"""What svip needs to load and run a checkpoint; logged with the versions that are installed."""
+CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json", "classes.parquet")
+REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors", "pillow")
+"""What svip needs to load and run a checkpoint (tqdm comes with timm); logged with the versions that are installed."""
 
 
 class TrackingError(RuntimeError):
@@ -235,41 +237,42 @@ def log_to_run(run_id: str, metrics: Mapping[str, float] | None = None, artifact
         tracker.log_artifact(path)
 
 
-def log_checkpoint_model(tracker: Tracker, checkpoint: Path, bundle: Path, name: str = "model") -> str:
+def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model") -> str:
     """Log a checkpoint as an MLflow model; its URI (``models:/...``), or "" without a run.
 
-    ``mlflow.pyfunc.load_model(uri).predict(images)`` takes uint8 [B, S, S, 3] (RGB, S = data.image_size) and returns
-    one column of calibrated scores a class. The model carries svip's code, the weights and the bundle's classes, and
-    needs nothing of this checkout.
+    ``mlflow models serve`` answers with it: see svip.mlflow_model for what goes in and comes out. The model carries
+    svip's code, the weights and the classes, and needs nothing of this checkout.
     """
     if tracker._client is None:
         return ""
     import mlflow
-    import numpy as np
     from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    side = from_yaml(checkpoint / "config.yaml").data.image_size
     package = Path(svip.__file__).parent
     mlflow.set_tracking_uri(tracking_uri())  # Model.log knows no other way
     # Model.log would put it in MLflow's default experiment, not in the run's.
     experiment = tracker._client.get_run(tracker.run_id).info.experiment_id
     model = tracker._client.create_logged_model(experiment, name, source_run_id=tracker.run_id)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*input example", category=UserWarning)  # the signature is enough
-        info = Model.log(
-            artifact_path=None,
-            name=name,
-            flavor=mlflow.pyfunc,
-            run_id=tracker.run_id,
-            model_id=model.model_id,
-            python_model=str(package / "mlflow_model.py"),
-            artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES}
-            | {"classes.parquet": str(bundle / "classes.parquet")},
-            code_paths=[str(package)],
-            pip_requirements=[f"{requirement}=={version(requirement)}" for requirement in REQUIREMENTS],
-            signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, side, side, 3))])),
-        )
+    photo, path = io.BytesIO(), sys.path.copy()
+    Image.new("RGB", (64, 64), "grey").save(photo, "png")
+    info = Model.log(
+        artifact_path=None,
+        name=name,
+        flavor=mlflow.pyfunc,
+        run_id=tracker.run_id,
+        model_id=model.model_id,
+        python_model=str(package / "mlflow_model.py"),
+        artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES},
+        code_paths=[str(package)],
+        pip_requirements=[f"{requirement}=={version(requirement)}" for requirement in REQUIREMENTS],
+        signature=ModelSignature(
+            inputs=Schema([ColSpec(DataType.binary, "image")]),
+            params=ParamSchema([ParamSpec("top", DataType.long, 5), ParamSpec("classes", DataType.string, "")]),
+        ),
+        input_example=(pd.DataFrame({"image": [photo.getvalue()]}), {"top": 5, "classes": ""}),
+    )
+    sys.path[:] = path  # MLflow has tried the example on the model, whose temporary folder it leaves here
     return str(info.model_uri)
 
 

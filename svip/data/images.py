@@ -1,13 +1,15 @@
-"""From stored pixels to batches: views and augmentation, the order of an epoch, the loader."""
+"""From photos to batches: decoding, views and augmentation, the order of an epoch, the loader."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from svip.config import DataConfig
@@ -51,17 +53,35 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
         image = self.bundle.image(row)
         generator = np.random.default_rng([self.seed, epoch, row])
         mirror = self.flip and generator.random() < 0.5
-        if self.view == "center":
-            image = center(image, self.size)
-        elif self.view == "squash":
-            image = resize(image, self.size, self.size)
-        else:
+        if self.view == "random_crop":
             image = random_crop(image, self.size, generator)
+        else:
+            image = square(image, self.size, self.view)
         if mirror:
             image = image[:, ::-1]
         # numpy copies into this order seven times faster than torch, and a copy it must be: the store is read-only
         pixels = np.array(image.transpose(2, 0, 1), order="C")  # [3, S, S]
         return torch.from_numpy(pixels), int(self.class_ids[position]), row
+
+
+def decode(file: Path | BinaryIO, store_size: int) -> NDArray[np.uint8]:
+    """Upright RGB pixels of an encoded photo, uint8 [H, W, 3], the shorter side ``store_size`` (0: original size)."""
+    with Image.open(file) as photo:
+        return upright(photo, store_size)
+
+
+def upright(photo: Image.Image, store_size: int) -> NDArray[np.uint8]:
+    """As ``decode``, of an open photo."""
+    pixels = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
+    if store_size == 0:
+        return pixels
+    height, width = pixels.shape[:2]
+    return resize(pixels, *short_side(height, width, store_size))
+
+
+def square(image: NDArray[np.uint8], size: int, view: str) -> NDArray[np.uint8]:
+    """The view ``center`` or ``squash`` of a stored image [H, W, 3], uint8 [size, size, 3]."""
+    return resize(image, size, size) if view == "squash" else center(image, size)
 
 
 def center(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

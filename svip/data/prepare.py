@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from svip.config import Config, DataConfig
 from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, DataError, read_bundle
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
-from svip.data.images import resize, short_side
+from svip.data.images import decode
 from svip.data.splits import Listing, Split, make_split, read_listing
 
 log = logging.getLogger(__name__)
@@ -87,16 +86,6 @@ def decode_all(files: list[Path], store_size: int) -> Iterator[NDArray[np.uint8]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), CHUNK):  # Pillow decodes and resamples outside the GIL: threads suffice
             yield from pool.map(lambda file: _try_decode(file, store_size), files[start : start + CHUNK])
-
-
-def decode(file: Path, store_size: int) -> NDArray[np.uint8]:
-    """Upright RGB pixels, uint8 [H, W, 3], the shorter side resized to ``store_size`` (0: original size)."""
-    with Image.open(file) as photo:
-        pixels = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
-    if store_size == 0:
-        return pixels
-    height, width = pixels.shape[:2]
-    return resize(pixels, *short_side(height, width, store_size))
 
 
 def _try_decode(file: Path, store_size: int) -> NDArray[np.uint8] | str:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from svip.config import Config, flatten, variant
 from svip.data.bundle import TRAINVAL, Bundle
-from svip.data.images import center, resize
+from svip.data.images import square
 from svip.evaluation import eszsl
 from svip.evaluation.calibration import SeenUnseenCurve
-from svip.evaluation.inference import Predictions, choose_device, frozen_features, predict
+from svip.evaluation.inference import Predictions, choose_device, distinctions, frozen_features, predict
 from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
 from svip.evaluation.report import Example, write_report
 from svip.models.svip import SVIP
@@ -35,9 +35,7 @@ EXAMPLES = 8
 
 def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     """All protocols that the checkpoint's configuration lists; returns metrics.json's content (percent)."""
-    model, config, info = load_model(checkpoint)
-    check_bundle(checkpoint, config, info, bundle)
-    model.to(choose_device(config.train.device))
+    model, config, info = load_tested(checkpoint, bundle)
     unseen = bundle.classes_with("test_unseen")
     test = predict(model, config, bundle, bundle.rows("test_seen", "test_unseen"), "test")
     scores = test.scores(model, bundle.class_attributes)
@@ -77,6 +75,13 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     write_atomically(out / "predictions.npz", save)
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def load_tested(checkpoint: Path, bundle: Bundle) -> tuple[SVIP, Config, dict[str, Any]]:
+    """``load_model``, on the device that it computes on; CheckpointError where it can't be tested on this bundle."""
+    model, config, info = load_model(checkpoint)
+    check_bundle(checkpoint, config, info, bundle)
+    return model.to(choose_device(config.train.device)), config, info
 
 
 def check_bundle(checkpoint: Path, config: Config, info: Mapping[str, Any], bundle: Bundle) -> None:
@@ -230,14 +235,14 @@ def _examples(model: SVIP, config: Config, bundle: Bundle, evaluation: Path, gam
     halves = [np.flatnonzero(is_unseen == unseen) for unseen in (True, False)]
     chosen = np.concatenate([half[np.linspace(0, len(half) - 1, EXAMPLES // 2).astype(int)] for half in halves])
     grid = (model.backbone.grid[0] // 2, model.backbone.grid[1] // 2)
-    typical = bundle.class_attributes.mean(0)
+    distinctive = distinctions(bundle.class_attributes, bundle.class_attributes)
     examples = []
     for k in chosen:
         row = int(rows[k])
         best = np.argsort(-calibrated[k])[:3]
         # what speaks for the first class: its attributes that the image shows and other classes lack
-        support = attributes[k] * (bundle.class_attributes[best[0]] - typical)
-        decided = np.argsort(-support)[:3]
+        reasons = attributes[k] * distinctive[best[0]]
+        decided = np.argsort(-reasons)[:3]
         examples.append(
             Example(
                 image=_view(config, bundle.image(row)),
@@ -246,7 +251,7 @@ def _examples(model: SVIP, config: Config, bundle: Bundle, evaluation: Path, gam
                 selected=selected[k].reshape(grid),
                 predictions=[(bundle.class_names[c], float(calibrated[k, c]), bool(c == labels[k])) for c in best],
                 mask=None if bundle.mask(row) is None else _mask_view(config, bundle, row),
-                attributes=[(bundle.attribute_names[a], float(support[a])) for a in decided],
+                attributes=[(bundle.attribute_names[a], float(reasons[a])) for a in decided],
             )
         )
     return examples
@@ -275,8 +280,7 @@ def _per_class(
 
 def _view(config: Config, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The test view of a stored image, uint8 [S, S, 3]."""
-    size = config.data.image_size
-    return resize(image, size, size) if config.data.test_view == "squash" else center(image, size)
+    return square(image, config.data.image_size, config.data.test_view)
 
 
 def _mask_view(config: Config, bundle: Bundle, row: int) -> NDArray[np.uint8]:

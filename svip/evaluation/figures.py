@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
+from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -180,20 +180,34 @@ def class_bars(per_class: pd.DataFrame, role: str, ends: int = 15) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def example_tile(image: np.ndarray, selected: np.ndarray, mask: np.ndarray | None = None) -> Figure:
+def example_tile(
+    image: np.ndarray,
+    selected: np.ndarray,
+    mask: np.ndarray | None = None,
+    patches: Sequence[tuple[int, int] | None] = (),
+) -> Figure:
     """A test image without frame: unselected groups hatched, the object's true outline drawn if its mask is known.
 
     image: uint8 [H, W, 3]. selected: bool [h, w] over the merged groups. mask: [H, W], non-zero on the object.
+    patches: row and column of groups to frame, numbered from 1 in this order; None only counts.
     """
     height, width = image.shape[:2]
     figure = Figure(figsize=(2.3, 2.3 * height / width))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     hatch_unselected(axes, image, selected)
+    stroke: list[Any] = [withStroke(linewidth=3.2, foreground="#1d2228")]
     if mask is not None and mask.any() and not mask.all():
         pixels = (np.arange(width) + 0.5, np.arange(height) + 0.5)
         outline = axes.contour(*pixels, mask != 0, levels=[0.5], colors="#ffd23f", linewidths=1.6)
-        outline.set_path_effects([withStroke(linewidth=3.2, foreground="#1d2228")])
+        outline.set_path_effects(stroke)
+    cell = np.array([width / selected.shape[1], height / selected.shape[0]])
+    for patch in dict.fromkeys(filter(None, patches)):
+        corner = cell * patch[::-1]
+        axes.add_patch(Rectangle(corner, *cell, fill=False, edgecolor="#ffd23f", linewidth=1.6, path_effects=stroke))
+        numbers = ",".join(str(n) for n, other in enumerate(patches, 1) if other == patch)
+        label = axes.annotate(numbers, corner + cell / 2, ha="center", va="center", color="#ffd23f", fontweight="bold")
+        label.set_path_effects(stroke)
     return figure
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -35,6 +36,16 @@ class Predictions:
         matrix = torch.from_numpy(class_attributes)
         scores: NDArray[np.float32] = model.class_scores(self.attributes, matrix).numpy()
         return scores
+
+
+def distinctions(classes: NDArray[np.float32], among: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What each class [C, A] has of the attributes and the classes ``among`` [K, A] lack on average, [C, A].
+
+    At unit length, as in Eq. 11: a_hat times a row says how much each attribute speaks for that class, and sums to the
+    lead of its cosine over the mean one (times the length of a_hat).
+    """
+    own, others = (F.normalize(torch.from_numpy(matrix)) for matrix in (classes, among))
+    return (own - others.mean(0)).numpy()
 
 
 def choose_device(name: str) -> torch.device:

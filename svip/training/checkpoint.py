@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 from torch.optim import Optimizer
@@ -115,6 +116,23 @@ def read_config(directory: Path) -> Config:
     if not (directory / "model.json").is_file():
         raise CheckpointError(f"{directory} holds no finished training (no model.json); run `svip train --out` on it")
     return from_yaml(directory / "config.yaml")
+
+
+def write_classes(directory: Path, classes: pd.DataFrame) -> None:
+    """classes.parquet, as in the bundle: name, role, one float32 column an attribute."""
+    write_atomically(directory / "classes.parquet", lambda temporary: classes.to_parquet(temporary, index=False))
+
+
+def read_classes(directory: Path, attributes: int) -> pd.DataFrame:
+    """The classes that a checkpoint was trained for; CheckpointError where they are not there or other ones."""
+    path = directory / "classes.parquet"
+    classes = pd.read_parquet(path) if path.is_file() else None  # trainings by older versions have none
+    if classes is None or classes.shape[1] - 2 != attributes:
+        raise CheckpointError(
+            f"{path}: expected the checkpoint's classes with {attributes} attributes; run its `svip train` again "
+            "(which adds them and trains nothing), or copy the file out of the bundle that it was trained on"
+        )
+    return classes
 
 
 def write_config(directory: Path, config: Config) -> None:

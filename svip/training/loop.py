@@ -77,6 +77,7 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
     out.mkdir(parents=True, exist_ok=True)
     check_resumable(config, bundle, words, out)
     checkpoint.write_text(out / "bundle.sha256", "\n".join(_digests(bundle, words)) + "\n")
+    checkpoint.write_classes(out, bundle.classes)
     if (out / "model.json").exists():
         log.info("%s: training is already finished", out)
         _remove_leftovers(out)

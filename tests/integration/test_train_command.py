@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -25,6 +26,7 @@ from small_training import ATTRIBUTES, TINY, write_bundle
 from svip import steps
 from svip.config import load_config
 from svip.data.bundle import Bundle
+from svip.predict import Predictor
 from svip.semantics.vectors import Embedding, write_embedding
 from svip.training import checkpoint, loop
 
@@ -37,7 +39,7 @@ OPTIONS = [*TINY, "train.checkpoint_steps=2"]
 STEPS = 8  # of an epoch of the select phase
 FINAL_STEPS = 11  # of the final phase, which has 44 images
 FILES = {
-    *("bundle.sha256", "config.yaml", "history.json", "model.json", "model.safetensors"),
+    *("bundle.sha256", "classes.parquet", "config.yaml", "history.json", "model.json", "model.safetensors"),
     *("select/best.safetensors", "select/history.json"),
 }
 """All that a training leaves; the command adds the names of its MLflow run."""
@@ -208,6 +210,19 @@ def test_rerunning_a_finished_training_changes_nothing_and_logs_no_second_model(
     run = MlflowClient(store).get_run(result["run_id"])
     assert run.info.status == "FINISHED"
     assert run.outputs is not None and len(run.outputs.model_outputs) == 1
+
+
+def test_a_finished_training_of_an_older_version_gets_its_classes_and_nothing_else(
+    inputs: Inputs, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "classes.parquet").unlink()
+    inputs.train(out)
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "classes.parquet"), inputs.bundle.classes)
+    assert_same(out, whole, but=())
+    image = inputs.bundle.image(0)
+    assert Predictor.load(out)(image)[0].classes == Predictor.load(whole)(image)[0].classes
 
 
 def test_a_refused_resume_leaves_the_run_of_what_is_there_alone(

@@ -15,6 +15,7 @@ from svip.config import Config, DataConfig
 from svip.data import prepare
 from svip.data.bundle import DataError, read_bundle
 from svip.data.catalog import CATALOG, DatasetSpec, attribute_file, photo_folder, xlsa17_folder
+from svip.data.images import decode
 from svip.data.splits import Listing, Split, check_split, make_split, read_attribute_names, read_listing, relative_path
 
 SPEC = DatasetSpec(
@@ -351,11 +352,11 @@ def test_unreadable_photos_are_named_together(config: Config, tmp_path: Path) ->
 def test_decoding_gives_upright_rgb(tmp_path: Path) -> None:
     grey, turned = tmp_path / "grey.png", tmp_path / "turned.jpg"
     Image.new("L", (6, 4), 9).save(grey)
-    assert prepare.decode(grey, 0).tolist() == np.full((4, 6, 3), 9).tolist()
+    assert decode(grey, 0).tolist() == np.full((4, 6, 3), 9).tolist()
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by 90 degrees
     Image.new("RGB", (60, 40)).save(turned, exif=exif)
-    assert prepare.decode(turned, 20).shape == (30, 20, 3)
+    assert decode(turned, 20).shape == (30, 20, 3)
 
 
 def test_real_data_need_a_root(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_without_tracking_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         tracker.log_dict({}, "a.json")
         tracker.set_tags({"a": "b"})
     assert tracker.run_id == ""
-    assert tracking.log_checkpoint_model(Tracker(), tmp_path, tmp_path) == ""
+    assert tracking.log_checkpoint_model(Tracker(), tmp_path) == ""
     assert not list(tmp_path.iterdir())
 
 
