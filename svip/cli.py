@@ -158,11 +158,22 @@ def import_checkpoint(
 
 
 @app.command(epilog=example("svip evaluate --checkpoint run --bundle bundle --out test"))
-def evaluate(checkpoint: Checkpoint, bundle: Bundle, out: Out, parent_run_id: Parent = "") -> None:
+def evaluate(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    out: Out,
+    parent_run_id: Parent = "",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="`evaluation.*`, `train.device`, `train.workers`.", show_default=False
+        ),
+    ] = None,
+) -> None:
     """Evaluate a checkpoint: T1, U, S, H by each protocol, beside eszsl and chance."""
     from svip import steps
 
-    print_metrics(steps.evaluate(str(checkpoint), str(bundle), str(out), parent_run_id))
+    print_metrics(steps.evaluate(str(checkpoint), str(bundle), str(out), parent_run_id, overrides=overrides or []))
     print(f"written to {out}: metrics.json, per_class.csv, curve.csv, predictions.npz")
 
 

@@ -144,6 +144,9 @@ class OptimConfig:
     """Passes over the training images, the head-only ones included."""
     head_epochs: int = 4
     """First epochs in which the backbone is frozen."""
+    head_stage: str = "frozen"
+    """What becomes of the backbone's gradients in those epochs. frozen: there are none. piled: it does not move either,
+    but they are computed, never cleared, and felt in the norm that is clipped (published code)."""
     batch_size: int = 64
     """Images a step, over all processes."""
     lr: float = 3.0e-5
@@ -236,6 +239,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.head_init": ("random", "probe"),
     "loss.consistency": ("jeffreys", "jsd", "kl"),
     "loss.consistency_mean": ("images", "elements"),
+    "optim.head_stage": ("frozen", "piled"),
     "optim.schedule": ("step", "cosine", "constant"),
     "train.precision": ("fp32", "bf16"),
 }

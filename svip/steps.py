@@ -31,7 +31,7 @@ from svip.predict import Predictor, write_overlays
 from svip.semantics.attributes import attribute_phrases
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import read_embedding, read_vectors, write_embedding
-from svip.training.checkpoint import read_config, save_model, write_classes, write_json
+from svip.training.checkpoint import CheckpointError, read_config, read_info, save_model, write_classes, write_json
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
 
@@ -81,11 +81,12 @@ def train(
     parent_run_id: str = "",
     resume: bool = True,
     run: str = "",
+    log_model: bool = True,
 ) -> dict[str, Any]:
     """Train into ``out``, going on from what is there (``resume`` False: refuse to).
 
-    ``run``: a run of the ablation, such as ``no_psc:1``, whose overrides come last. The run id, and T1, U, S, H on
-    the validation classes where they were used.
+    ``run``: a run of the ablation, such as ``no_psc:1``, whose overrides come last. ``log_model``: store the trained
+    model in MLflow too. The run id, and T1, U, S, H on the validation classes where they were used.
     """
     config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
     data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
@@ -98,14 +99,16 @@ def train(
             )
     if embedding.names != data.attribute_names:
         raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")
+    if (directory / "model.json").is_file() and "imported" in read_info(directory):
+        raise CheckpointError(f"{directory} holds an imported checkpoint; train into another --out")
     if not resume and directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; resume it (--resume), or train into another --out")
     check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
     record = directory / "run_id"
-    tags = {"preset": preset, "bundle_sha256": data.sha256, "variant": variant(config), "step": "train"}
+    tags = {"preset": preset, "bundle_sha256": data.sha256, "step": "train", **_named(config, run)}
     with tracking.open_tracker(
         _experiment(config),
-        f"train-{variant(config)}",
+        f"train-{run or variant(config)}",
         parent_run_id=parent_run_id or None,
         run_id=record.read_text().strip() if record.exists() else None,
         tags=tags,
@@ -126,7 +129,8 @@ def train(
         if not logged.exists() or logged.read_text() != tracker.run_id:
             for name in ("config.yaml", "model.json", "history.json"):
                 tracker.log_artifact(directory / name)
-            tracking.log_checkpoint_model(tracker, directory)
+            if log_model:
+                tracking.log_checkpoint_model(tracker, directory)
             logged.write_text(tracker.run_id)
         validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
         return {"run_id": tracker.run_id, **validation}
@@ -169,18 +173,21 @@ def import_checkpoint(
     return info
 
 
-def evaluate(checkpoint: str, bundle: str, out: str, parent_run_id: str = "", run: str = "") -> dict[str, Any]:
+def evaluate(
+    checkpoint: str, bundle: str, out: str, parent_run_id: str = "", run: str = "", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Evaluate a checkpoint on the test images by every protocol of its configuration; metrics.json's content.
 
-    The parent run gets the numbers too, unless this is one of many (``run``, as in ``train``).
+    ``overrides`` may change what is evaluated (``evaluation.*``) and where. The parent run gets the numbers too, unless
+    this is one of many (``run``, as in ``train``).
     """
     data = read_bundle(Path(bundle))
-    config = read_config(Path(checkpoint))
-    tags = {"bundle_sha256": data.sha256, "variant": variant(config), "step": "evaluate"}
+    config = read_config(Path(checkpoint), overrides)
+    tags = {"bundle_sha256": data.sha256, "step": "evaluate", **_named(config, run)}
     with tracking.open_tracker(
-        _experiment(config), f"evaluate-{variant(config)}", parent_run_id=parent_run_id or None, tags=tags
+        _experiment(config), f"evaluate-{run or variant(config)}", parent_run_id=parent_run_id or None, tags=tags
     ) as tracker:
-        metrics = evaluate_checkpoint(Path(checkpoint), data, Path(out))
+        metrics = evaluate_checkpoint(Path(checkpoint), data, Path(out), overrides)
         tracker.log_params(flatten(config))
         honest = metrics["protocols"].get("validation", metrics["protocols"].get("none", {}))
         numbers = {f"test/{name}": value for name, value in honest.items()}
@@ -373,12 +380,12 @@ def _sweep(
 
     def is_finished(run: sweep.Run) -> bool:
         folder, config = run.folder(directory), homes[run][1]
-        if not (folder / "evaluation" / "metrics.json").exists():
+        metrics = folder / "evaluation" / "metrics.json"
+        if not metrics.exists():
             return False
-        weights = read_config(folder / "checkpoint").model.weights  # their file may have moved meanwhile
-        same = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=weights))
-        check_resumable(same, data, embedding.vectors, folder / "checkpoint")
-        return True
+        check_resumable(config, data, embedding.vectors, folder / "checkpoint")
+        evaluated = json.loads(metrics.read_text(encoding="utf-8"))["settings"]
+        return all(evaluated[f"evaluation.{key}"] == getattr(config.evaluation, key) for key in ("protocols", "eszsl"))
 
     def execute(run: sweep.Run) -> None:
         folder, config = run.folder(directory), homes[run][1]
@@ -387,8 +394,9 @@ def _sweep(
         with tracking.open_tracker(
             _experiment(config), run.name, parent_run_id=parent.run_id or None, tags=tags
         ) as own:
-            train(bundle, vectors, checkpoint, preset, [*overrides, *run.overrides], own.run_id)
-            evaluate(checkpoint, bundle, str(folder / "evaluation"), own.run_id)
+            train(bundle, vectors, checkpoint, preset, [*overrides, *run.overrides], own.run_id, log_model=False)
+            again = [override for override in overrides if override.startswith("evaluation.")]
+            evaluate(checkpoint, bundle, str(folder / "evaluation"), own.run_id, overrides=again)
 
     def show(finished: Sequence[sweep.Run]) -> None:
         results: dict[str, dict[int, Any]] = {}
@@ -404,11 +412,17 @@ def _sweep(
     experiment = _experiment(load_config(preset, overrides))
     with tracking.open_tracker(experiment, name, parent_run_id=parent_run_id or None, tags=tags) as parent:
         try:
-            sweep.work([run for run in runs if homes[run][0] is run], is_finished, execute, show)
+            with tracking.runs_of_their_own():
+                sweep.work([run for run in runs if homes[run][0] is run], is_finished, execute, show)
         finally:
             for file in sorted(directory.glob(f"{name}.*")):
                 parent.log_artifact(file)
     return str(directory / f"{name}.html")
+
+
+def _named(config: Config, run: str) -> dict[str, str]:
+    """Tags that say what is trained: the ablation's own name for it where there is one."""
+    return {"variant": run.partition(":")[0] or variant(config), "seed": str(config.train.seed)}
 
 
 def _experiment(config: Config) -> str:

@@ -1,7 +1,7 @@
 """What goes to MLflow. Nothing else in svip imports mlflow, save the model code that MLflow itself runs (mlflow_model).
 
 A pipeline is a parent run (open_run, close_run); every step, variant and trial is a child run (open_tracker). All of
-it goes through MlflowClient, so no run is ever "active" in the process and MLflow's global state stays untouched.
+it goes through MlflowClient, so no run is ever "active" in the process.
 """
 
 from __future__ import annotations
@@ -198,6 +198,17 @@ def open_tracker(
     tracker = Tracker(client, run_id)
     tracker.set_tags(tags)
     return tracker
+
+
+@contextlib.contextmanager
+def runs_of_their_own() -> Iterator[None]:
+    """Within it MLFLOW_RUN_ID, which names one run, does not decide where the many are written that follow it."""
+    wanted = os.environ.pop("MLFLOW_RUN_ID", None)
+    try:
+        yield
+    finally:
+        if wanted is not None:
+            os.environ["MLFLOW_RUN_ID"] = wanted
 
 
 @_reaching_the_store()

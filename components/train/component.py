@@ -22,7 +22,9 @@ def train(
     """Write the checkpoint directory; what was reached on the validation classes becomes metrics."""
     from svip import steps
 
-    result = steps.train(bundle.path, vectors.path, checkpoint.path, preset, overrides, parent_run_id, run=run)
+    result = steps.train(
+        bundle.path, vectors.path, checkpoint.path, preset, overrides, parent_run_id, run=run, log_model=not run
+    )
     checkpoint.metadata["run_id"] = result.pop("run_id")
     for name, value in result.items():
         metrics.log_metric(name, value)

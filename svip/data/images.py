@@ -23,6 +23,10 @@ CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 """Width over height of a random crop, log-uniform."""
 CROP_ATTEMPTS = 10
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What photos come in; Pillow's other readers start programs or are hardly ever used."""
+MOST_PIXELS, LONGEST = 80_000_000, 20
+"""Largest photo that is decoded, and its longest side over its shortest: a few bytes can claim any size."""
 
 
 class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
@@ -66,12 +70,17 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
 
 def decode(file: Path | BinaryIO, store_size: int) -> NDArray[np.uint8]:
     """Upright RGB pixels of an encoded photo, uint8 [H, W, 3], the shorter side ``store_size`` (0: original size)."""
-    with Image.open(file) as photo:
+    with Image.open(file, formats=FORMATS) as photo:
         return upright(photo, store_size)
 
 
 def upright(photo: Image.Image, store_size: int) -> NDArray[np.uint8]:
-    """As ``decode``, of an open photo."""
+    """As ``decode``, of an open photo. ValueError for a size that is no photo's."""
+    if photo.width * photo.height > MOST_PIXELS or max(photo.size) > LONGEST * min(photo.size):
+        raise ValueError(
+            f"{photo.width} x {photo.height} pixels: expected at most {MOST_PIXELS // 10**6} megapixels, and no side "
+            f"more than {LONGEST} times the other"
+        )
     pixels = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
     if store_size == 0:
         return pixels

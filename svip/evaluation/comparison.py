@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
 from svip.evaluation.figures import PALETTE, STYLE, to_svg
+from svip.evaluation.pages import render
 from svip.evaluation.report import COLUMNS, PROTOCOLS
 from svip.training.checkpoint import write_atomically, write_text
 
@@ -52,30 +51,36 @@ def write_comparison(
     ``reference``: the variant from which the differences in H are taken; ``seeds``: those that each row should have.
     """
     out.mkdir(parents=True, exist_ok=True)
-    protocol = common_protocol(results)
-    table = summarize(rows, results, protocol, reference)
-    header, cells = _cells(table, reference, seeds)
-    about = (
-        f"Percent, mean of per-class top-1; {PROTOCOLS.get(protocol, protocol)}. Mean ± standard deviation over "
-        f"seeds; differences are paired by seed, with their 95 % interval."
-    )
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *cells]
-    markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    write_text(out / f"{name}.md", f"{markdown}\n\n{about}\n")
-    write_atomically(out / f"{name}.csv", lambda path: table.to_csv(path, index=False))
+    tables = {protocol: summarize(rows, results, protocol, reference) for protocol in shown_protocols(results)}
+    sections = [
+        (_about(protocol, has_paper=any(row.paper for row in rows)), *_cells(table, reference, seeds))
+        for protocol, table in tables.items()
+    ]
+    markdown = []
+    for about, header, cells in sections:
+        lines = [header, ["---", *["--:"] * (len(header) - 1)], *cells]
+        markdown += ["\n".join("| " + " | ".join(line) + " |" for line in lines), about]
+    write_text(out / f"{name}.md", "\n\n".join(markdown) + "\n")
+    whole = pd.concat([table.assign(protocol=protocol) for protocol, table in tables.items()])
+    write_atomically(out / f"{name}.csv", lambda path: whole.to_csv(path, index=False))
     if figure is not None:
         for suffix in ("png", "svg"):
             _save(figure, out / f"{name}.{suffix}")
-    page = _template().render(
-        palette=PALETTE,
+    page = render(
+        "comparison",
         title=title,
-        about=about,
-        header=header,
-        rows=cells,
+        sections=sections,
         figure=None if figure is None else Markup(to_svg(figure, name, title)),
     )
     write_text(out / f"{name}.html", page)
     return out / f"{name}.html"
+
+
+def shown_protocols(results: Results) -> list[str]:
+    """The protocols that a table shows: ``common_protocol``, and ``published`` where all runs have that too."""
+    first = common_protocol(results)
+    everywhere = all("published" in protocols for by_seed in results.values() for protocols in by_seed.values())
+    return [first, "published"] if everywhere and first != "published" else [first]
 
 
 def common_protocol(results: Results) -> str:
@@ -136,7 +141,7 @@ def sensitivity_figure(
                     mean, spread = _mean_and_sd(values)
                     places.append(place + 0.05 * (line - 1.5))  # side by side, for the bars
                     means.append(mean)
-                    spreads.append(0.0 if math.isnan(spread) else spread)
+                    spreads.append(spread)  # NaN, which draws nothing, for a single seed
             axes.errorbar(
                 places,
                 means,
@@ -158,6 +163,18 @@ def sensitivity_figure(
     figure.axes[0].plot([], [], color=PALETTE["muted"], linewidth=0.9, linestyle=(0, (3, 2)), label="default")
     figure.legend(loc="outside upper left", ncols=5, fontsize=9, columnspacing=1.4)
     return figure
+
+
+def _about(protocol: str, has_paper: bool) -> str:
+    """What the numbers of a table are."""
+    counted = "accuracy by sample" if protocol == "published" else "mean of per-class top-1"
+    about = (
+        f"Percent, {counted}; {PROTOCOLS.get(protocol, protocol)}. Mean ± standard deviation over seeds; differences "
+        "are paired by seed, with their 95 % interval."
+    )
+    if has_paper:
+        about += " The paper's are of the published protocol: epoch and offset chosen on the test set, by sample."
+    return about
 
 
 def _cells(table: pd.DataFrame, reference: str, seeds: int) -> tuple[list[str], list[list[str]]]:
@@ -193,8 +210,3 @@ def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 def _save(figure: Figure, path: Path) -> None:
     kind = path.suffix[1:]  # the temporary name has another
     write_atomically(path, lambda part: figure.savefig(part, format=kind, dpi=160, facecolor=PALETTE["paper"]))
-
-
-def _template() -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files("svip.evaluation").joinpath("comparison.html").read_text("utf-8"))

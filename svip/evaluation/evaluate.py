@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,12 @@ EXAMPLES = 8
 """Test images in the report, half of them of unseen classes."""
 
 
-def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
-    """All protocols that the checkpoint's configuration lists; returns metrics.json's content (percent)."""
-    model, config, info = load_tested(checkpoint, bundle)
+def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """All protocols that the configuration lists; returns metrics.json's content (percent).
+
+    ``overrides`` of the checkpoint's configuration: how and where it is evaluated (see ``checkpoint.read_config``).
+    """
+    model, config, info = load_tested(checkpoint, bundle, overrides)
     unseen = bundle.classes_with("test_unseen")
     test = predict(model, config, bundle, bundle.rows("test_seen", "test_unseen"), "test")
     scores = test.scores(model, bundle.class_attributes)
@@ -77,9 +80,9 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path) -> dict[str, Any]:
     return metrics
 
 
-def load_tested(checkpoint: Path, bundle: Bundle) -> tuple[SVIP, Config, dict[str, Any]]:
+def load_tested(checkpoint: Path, bundle: Bundle, overrides: Sequence[str] = ()) -> tuple[SVIP, Config, dict[str, Any]]:
     """``load_model``, on the device that it computes on; CheckpointError where it can't be tested on this bundle."""
-    model, config, info = load_model(checkpoint)
+    model, config, info = load_model(checkpoint, overrides=overrides)
     check_bundle(checkpoint, config, info, bundle)
     return model.to(choose_device(config.train.device)), config, info
 
@@ -168,7 +171,9 @@ def _comparators(model: SVIP, checkpoint: Path, config: Config, bundle: Bundle) 
     scores = eszsl.scores(test - mean, weights, bundle.class_attributes)
     unseen = bundle.classes_with("test_unseen")
     honest = zero_shot_metrics(scores, test_labels, unseen, chosen.gamma)
-    return {"eszsl": {**honest, "protocols": protocols(config, scores, test_labels, unseen, chosen.gamma)}}
+    by_protocol = protocols(config, scores, test_labels, unseen, chosen.gamma)
+    by_protocol.pop("published", None)  # its offsets are for the softmax of logits, and these scores are none
+    return {"eszsl": {**honest, "protocols": by_protocol}}
 
 
 def selection_against_masks(

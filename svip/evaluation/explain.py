@@ -16,7 +16,7 @@ from torch import Tensor
 from svip.config import Config
 from svip.data.bundle import Bundle
 from svip.data.images import ImageDataset
-from svip.models.patches import AttentionScores, group_scores, merge
+from svip.models.patches import group_scores, merge
 from svip.models.svip import SVIP
 
 SEED = 0
@@ -56,11 +56,11 @@ def views(config: Config, bundle: Bundle, rows: NDArray[np.int64]) -> Tensor:
 
 @torch.no_grad()
 def attention_by_layer(model: SVIP, images: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Pass 1's class token attention to the groups in each layer [n, L, G], and Eq. 4's aggregate of all [n, G].
+    """Pass 1's class token attention to the groups in each layer [n, L, G], and the model's aggregate of all [n, G].
 
-    A group's attention is the mean of its four tokens'.
+    A group's attention is the mean of its four tokens'; its aggregate is what the patch classifier learns from.
     """
-    layers, scores = LayerAttention(), AttentionScores()
+    layers, scores = LayerAttention(), model.attention_scores()
 
     def hook(query: Tensor, key: Tensor, scale: float) -> None:
         layers(query, key, scale)
@@ -68,7 +68,7 @@ def attention_by_layer(model: SVIP, images: Tensor) -> tuple[NDArray[np.float32]
 
     model.backbone.encode(model.backbone.embed(model.normalize(images)), hook=hook)
     tokens = torch.stack(layers.rows, 1)[:, :, model.backbone.prefix :]  # [n, L, N]
-    aggregate = group_scores(scores, model.backbone.prefix, model.index)
+    aggregate = group_scores(scores, model.backbone.prefix, model.score_index)
     return tokens[:, :, model.index].mean(-1).cpu().numpy(), aggregate.cpu().numpy()
 
 

@@ -7,12 +7,10 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -20,8 +18,8 @@ from svip.config import Config, variant
 from svip.data.bundle import Bundle
 from svip.evaluation import explain, paper_figures
 from svip.evaluation.evaluate import load_tested
-from svip.evaluation.figures import PALETTE
-from svip.evaluation.inference import autocast, choose_device, predict
+from svip.evaluation.inference import autocast, choose_device, distinctions, predict
+from svip.evaluation.pages import render
 from svip.evaluation.report import method_name
 from svip.models.svip import SVIP
 from svip.training.checkpoint import write_atomically, write_text
@@ -91,15 +89,16 @@ def draw_figures(
 
 def _attention(svip: Trained, bundle: Bundle, rows: Rows) -> Iterator[Captioned]:
     layers, scores = explain.attention_by_layer(svip.model, svip.views(bundle, rows))
+    score = "Eq. 4" if svip.config.model.score == "eq4" else "rollout"
     yield Captioned(
         "attention",
         "Figure 3. Attention of the merged groups over the layers",
         f"How much the class token of {svip.name} attends to each of the {svip.model.groups} merged groups in each "
-        f"layer, mean over heads and over {len(rows)} test images of unseen classes; below, the score of Eq. 4, which "
+        f"layer, mean over heads and over {len(rows)} test images of unseen classes; below, the score ({score}), which "
         "aggregates all layers. Dark is high; each row is scaled from its lowest to its highest group, and thin lines "
-        "part the rows of the image. r: correlation of a layer with Eq. 4 over the groups of an image, mean over the "
-        "images; the further it is from 1, the less that layer alone would choose the same patches.",
-        paper_figures.attention_heatmap(layers, scores, svip.model.backbone.grid[1] // 2),
+        "part the rows of the image. r: correlation of a layer with the score over the groups of an image, mean over "
+        "the images; the further it is from 1, the less that layer alone would choose the same patches.",
+        paper_figures.attention_heatmap(layers, scores, svip.model.backbone.grid[1] // 2, score),
     )
 
 
@@ -187,7 +186,7 @@ def _deciding(
     predicted: NDArray[np.float32], class_attributes: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """For each image the attributes that speak most for its class: shown by it, and rarer in other classes. [n, 3]"""
-    above = np.maximum(class_attributes[labels] - class_attributes.mean(0), 0)
+    above = np.maximum(distinctions(class_attributes, class_attributes)[labels], 0)  # what is not there has no place
     order: NDArray[np.int64] = np.argsort(-predicted * above, axis=1, kind="stable")[:, :ATTRIBUTES]
     return order
 
@@ -199,9 +198,6 @@ def _map_source(trained: Trained) -> str:
 
 
 def _page(svip: Trained, bundle: Bundle, figures: list[Captioned], files: list[Path]) -> str:
-    template = resources.files("svip.evaluation").joinpath("figures.html").read_text("utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     encoded = [base64.b64encode(path.read_bytes()).decode("ascii") for path in files]
-    return page.from_string(template).render(
-        palette=PALETTE, method=svip.name, dataset=bundle.info["dataset"], figures=zip(figures, encoded, strict=True)
-    )
+    shown = zip(figures, encoded, strict=True)
+    return render("figures", method=svip.name, dataset=bundle.info["dataset"], figures=shown)

@@ -41,8 +41,10 @@ class LocalizationPanel:
 
 
 @matplotlib.rc_context(STYLE)
-def attention_heatmap(layers: NDArray[np.float32], scores: NDArray[np.float32], columns: int) -> Figure:
-    """Fig. 3: attention to the groups in each layer [n, L, G], above Eq. 4's aggregated scores [n, G].
+def attention_heatmap(
+    layers: NDArray[np.float32], scores: NDArray[np.float32], columns: int, score: str = "Eq. 4"
+) -> Figure:
+    """Fig. 3: attention to the groups in each layer [n, L, G], above the scores [n, G] that ``score`` makes of all.
 
     Means of the n images; each row is scaled from its lowest to its highest group. columns: width of the groups'
     grid, whose rows are parted by thin lines. At the right: each layer's correlation with the aggregated score over
@@ -61,7 +63,7 @@ def attention_heatmap(layers: NDArray[np.float32], scores: NDArray[np.float32], 
         upper.text(groups - 0.3, layer, f"r = {r:.2f}", va="center", fontsize=8.5, color=PALETTE["muted"])
     upper.set_yticks(range(depth), range(1, depth + 1))
     upper.set_ylabel("layer")
-    lower.set_yticks([0], ["Eq. 4"], color=PALETTE["ink"])
+    lower.set_yticks([0], [score], color=PALETTE["ink"])
     lower.set_xticks(range(0, groups, columns), range(1, groups + 1, columns))
     lower.set_xlabel("merged group, row by row of the image")
     return figure

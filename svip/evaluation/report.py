@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from svip.evaluation import figures
+from svip.evaluation.pages import render
 from svip.training.checkpoint import write_text
 
 COLUMNS = ("T1", "U", "S", "H")
@@ -87,8 +86,8 @@ def write_report(
     lineage = lineage or {}
     settings = dict(_flatten(metrics.get("settings", {})))
     classes = pd.DataFrame() if per_class is None else per_class
-    page = _template().render(
-        palette=figures.PALETTE,
+    page = render(
+        "report",
         title=_title(metrics, settings, lineage),
         sentence=_sentence(metrics, settings, lineage),
         rows=result_rows(metrics),
@@ -147,12 +146,6 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(f"**{cell}**" if row.is_result else cell for cell in cells) + " |")
     about = "Accuracies in percent, mean of per-class top-1. Bold: the result."
     return "\n".join([*lines, "", about, ""])
-
-
-def _template() -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["readable"] = figures.readable
-    return environment.from_string(resources.files("svip.evaluation").joinpath("report.html").read_text("utf-8"))
 
 
 def _title(metrics: Mapping[str, Any], settings: Mapping[str, Any], lineage: Mapping[str, str]) -> str:

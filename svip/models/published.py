@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Self
 from zipfile import ZipFile
@@ -32,6 +33,9 @@ UNREAD = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 )
 """What may stand in a file beside tensors and plain containers; all of it is left unread."""
+
+BYTEARRAY = b"bytearray"
+"""The one type that torch builds of any size that a file asks for."""
 
 
 class PublishedError(ValueError):
@@ -94,7 +98,7 @@ def read_network(path: Path) -> dict[str, Any]:
     """
     registered = serialization.get_safe_globals()
     try:
-        _refuse_inflation(path)
+        _refuse_bombs(path)
         serialization.clear_safe_globals()  # libraries allow types of theirs, and some of these do things when built
         with serialization.safe_globals([(Unread, name) for name in UNREAD]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -114,15 +118,22 @@ def read_network(path: Path) -> dict[str, Any]:
     return {name.removeprefix("module.") if parallel else name: value for name, value in items}
 
 
-def _refuse_inflation(path: Path) -> None:
-    """torch.save does not compress, so a file that unpacks to more than its size is made to fill the memory."""
+def _refuse_bombs(path: Path) -> None:
+    """ValueError for what would fill the memory: torch.save does not compress, and makes no bytearrays of any size."""
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:
-        with ZipFile(path) as archive:
-            unpacked = sum(item.file_size for item in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than its own size")
+        if file.read(4) != b"PK\x03\x04":
+            with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                pickled = content.find(BYTEARRAY) >= 0
+        else:
+            with ZipFile(file) as archive:
+                unpacked = sum(item.file_size for item in archive.infolist())
+                if unpacked > path.stat().st_size:
+                    raise ValueError(f"it unpacks to {unpacked:,} bytes, more than its own size")
+                pickled = any(
+                    BYTEARRAY in archive.read(item) for item in archive.infolist() if item.filename.endswith(".pkl")
+                )
+    if pickled:
+        raise ValueError("it holds a bytearray, which no model does")
 
 
 def _reason(error: Exception) -> str:

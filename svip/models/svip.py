@@ -18,6 +18,7 @@ from svip.models.contextualization import FreeContext, WordsToPatch
 from svip.models.patches import (
     AttentionRollout,
     AttentionScores,
+    Scores,
     block_index,
     group_scores,
     merge,
@@ -105,7 +106,7 @@ class SVIP(nn.Module):
         if logits is None:
             tokens = self.backbone.encode(patches)
         else:
-            attention = AttentionScores() if self.config.score == "eq4" else AttentionRollout()
+            attention = self.attention_scores()
             tokens = self.backbone.encode(patches, hook=attention)
             scores = group_scores(attention, self.backbone.prefix, self.score_index)  # [B, G]
             best = select(scores, self.config.selected_groups)
@@ -114,9 +115,8 @@ class SVIP(nn.Module):
         source, _ = self.read(tokens, selected)
         contextualized = None
         if self.two_passes:
-            contextualized, _ = self.read(
-                *self.encode_contextualized(patches, selected), self.config.pooled_contextualized
-            )
+            pooled = self.config.pooled_contextualized if self.selects else "selected"
+            contextualized, _ = self.read(*self.encode_contextualized(patches, selected), pooled)
         return Passes(source, contextualized, logits, targets)
 
     @torch.no_grad()
@@ -136,6 +136,10 @@ class SVIP(nn.Module):
         cosine = self.config.logits == "cosine"
         predicted = F.normalize(attributes.float(), dim=-1) if cosine else attributes.float()
         return self.config.sigma * predicted @ F.normalize(class_attributes.float(), dim=-1).T
+
+    def attention_scores(self) -> Scores:
+        """A fresh hook for ``Backbone.encode`` that scores tokens by the attention of all layers."""
+        return AttentionScores() if self.config.score == "eq4" else AttentionRollout()
 
     def normalize(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.std

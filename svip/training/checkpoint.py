@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch.optim import Optimizer
 
-from svip.config import Config, flatten, from_yaml, to_yaml
+from svip.config import Config, flatten, from_yaml, load_config, to_yaml
 from svip.models.contextualization import WordsToPatch
 from svip.models.svip import SVIP
+
+AFTER_TRAINING = ("evaluation.", "train.device", "train.workers")
+"""Beginnings of the keys that may be another when a checkpoint is evaluated."""
 
 
 class CheckpointError(ValueError):
@@ -50,9 +53,15 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def save_state(path: Path, model: SVIP, optimizer: Optimizer, progress: dict[str, Any]) -> None:
-    """Everything that decides how training goes on; ``progress`` holds plain numbers, strings, lists and dicts."""
+def save_state(
+    path: Path, model: SVIP, optimizer: Optimizer, progress: dict[str, Any], with_gradients: bool = False
+) -> None:
+    """Everything that decides how training goes on; ``progress`` holds plain numbers, strings, lists and dicts.
+
+    ``with_gradients``: gradients too, where training adds to them.
+    """
     state = {
+        "gradients": {name: p.grad for name, p in model.named_parameters() if with_gradients and p.grad is not None},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
@@ -68,6 +77,9 @@ def load_state(path: Path, model: SVIP, optimizer: Optimizer) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for name, gradient in state.get("gradients", {}).items():
+            parameter = model.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available() and state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -101,21 +113,34 @@ def save_model(directory: Path, model: SVIP, config: Config, info: dict[str, Any
     write_json(directory / "model.json", info | shape)
 
 
-def load_model(directory: Path, weights: str = "model.safetensors") -> tuple[SVIP, Config, dict[str, Any]]:
-    """The model (on the CPU, in evaluation mode), its configuration, and model.json's content."""
-    config = read_config(directory)
-    info: dict[str, Any] = json.loads((directory / "model.json").read_text(encoding="utf-8"))
+def load_model(
+    directory: Path, weights: str = "model.safetensors", overrides: Sequence[str] = ()
+) -> tuple[SVIP, Config, dict[str, Any]]:
+    """The model (on the CPU, in evaluation mode), its configuration (as ``read_config``), and model.json's content."""
+    config = read_config(directory, overrides)
+    info = read_info(directory)
     architecture = dataclasses.replace(config.model, weights="none")  # they are all in the checkpoint
     model = SVIP(architecture, config.data.image_size, torch.zeros(info["attributes"], info["word_size"]))
     load_weights(directory / weights, model)
     return model.eval(), config, info
 
 
-def read_config(directory: Path) -> Config:
-    """The configuration of a finished training; CheckpointError where there is none."""
+def read_info(directory: Path) -> dict[str, Any]:
+    """model.json's content."""
+    return dict(json.loads((directory / "model.json").read_text(encoding="utf-8")))
+
+
+def read_config(directory: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a finished training, of which ``overrides`` may change how it is evaluated, and where.
+
+    CheckpointError where there is none, or for another override.
+    """
+    for override in overrides:
+        if not override.startswith(AFTER_TRAINING):
+            raise CheckpointError(f"{override!r} can't change after training; only {', '.join(AFTER_TRAINING)} can")
     if not (directory / "model.json").is_file():
         raise CheckpointError(f"{directory} holds no finished training (no model.json); run `svip train --out` on it")
-    return from_yaml(directory / "config.yaml")
+    return load_config(str(directory / "config.yaml"), overrides)
 
 
 def write_classes(directory: Path, classes: pd.DataFrame) -> None:
@@ -126,11 +151,12 @@ def write_classes(directory: Path, classes: pd.DataFrame) -> None:
 def read_classes(directory: Path, attributes: int) -> pd.DataFrame:
     """The classes that a checkpoint was trained for; CheckpointError where they are not there or other ones."""
     path = directory / "classes.parquet"
-    classes = pd.read_parquet(path) if path.is_file() else None  # trainings by older versions have none
+    # trainings by older versions have none, nor do imported checkpoints of no known bundle
+    classes = pd.read_parquet(path) if path.is_file() else None
     if classes is None or classes.shape[1] - 2 != attributes:
         raise CheckpointError(
-            f"{path}: expected the checkpoint's classes with {attributes} attributes; run its `svip train` again "
-            "(which adds them and trains nothing), or copy the file out of the bundle that it was trained on"
+            f"{path}: expected the checkpoint's classes with {attributes} attributes; copy the file out of the bundle "
+            "that it was trained on"
         )
     return classes
 

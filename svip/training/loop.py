@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from svip import losses
@@ -81,7 +82,13 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
     if (out / "model.json").exists():
         log.info("%s: training is already finished", out)
         _remove_leftovers(out)
-        return dict(json.loads((out / "model.json").read_text(encoding="utf-8")))
+        return checkpoint.read_info(out)
+    images = len(bundle.rows("train") if config.train.select else bundle.rows(*TRAINVAL))
+    if config.optim.drop_last and images < config.optim.batch_size:
+        raise ConfigError(
+            f"optim.drop_last=true leaves nothing of {images} training images: expected optim.batch_size="
+            f"{config.optim.batch_size} to be at most that many"
+        )
     checkpoint.write_config(out, config)
 
     history: list[dict[str, Any]] = []
@@ -140,7 +147,7 @@ def run_phase(
             checkpoint.save_weights(folder / "best.safetensors", model)
         if progress.epoch == phase.kept < phase.epochs:
             checkpoint.save_weights(folder / "kept.safetensors", model)
-        checkpoint.save_state(state, model, optimizer, vars(progress))
+        checkpoint.save_state(state, model, optimizer, vars(progress), piles_up(config, progress))
         report({k: v for k, v in entry.items() if "/" in k}, entry["epoch"], phase.name)
     return model, progress
 
@@ -166,7 +173,8 @@ def _train_epoch(
     position[torch.from_numpy(classes)] = torch.arange(len(classes))
 
     model.train()
-    model.backbone.set_trainable(progress.epoch >= config.optim.head_epochs)
+    piles = piles_up(config, progress)
+    model.backbone.set_trainable(progress.epoch >= config.optim.head_epochs or piles)
     if config.optim.renew_adam and progress.epoch >= config.optim.head_epochs and progress.batch == 0:
         optimizer.state.clear()
     order = EpochBatches(
@@ -179,11 +187,6 @@ def _train_epoch(
         drop_last=config.optim.drop_last,
     )
     steps_per_epoch = len(order) + progress.batch
-    if steps_per_epoch == 0:
-        raise ConfigError(
-            f"optim.drop_last=true leaves nothing of {len(dataset)} training images: expected optim.batch_size="
-            f"{config.optim.batch_size} to be at most that many"
-        )
     bar = tqdm(
         loader(dataset, order, config.train.workers),
         desc=f"{phase.name} epoch {progress.epoch + 1}/{phase.epochs}",
@@ -194,7 +197,9 @@ def _train_epoch(
         started = time.perf_counter()
         step = progress.epoch * steps_per_epoch + progress.batch
         set_rates(optimizer, rate_factor(config.optim, step, steps_per_epoch))
-        parts = train_step(model, optimizer, config, images.to(device), position[labels].to(device), seen, groups)
+        parts = train_step(
+            model, optimizer, config, images.to(device), position[labels].to(device), seen, groups, piles
+        )
         broken = next((name for name, value in parts.items() if not np.isfinite(value)), None)
         if broken:
             names = ", ".join(bundle.split["path"].iloc[rows.tolist()])
@@ -209,7 +214,12 @@ def _train_epoch(
         progress.seconds += time.perf_counter() - started
         bar.set_postfix(loss=f"{progress.sums['loss'] / progress.images:.3f}", refresh=False)
         if config.train.checkpoint_steps and progress.batch % config.train.checkpoint_steps == 0:
-            checkpoint.save_state(state, model, optimizer, vars(progress))
+            checkpoint.save_state(state, model, optimizer, vars(progress), piles)
+
+
+def piles_up(config: Config, progress: Progress) -> bool:
+    """Whether the backbone's gradients pile up at this time (``optim.head_stage``)."""
+    return config.optim.head_stage == "piled" and progress.epoch < config.optim.head_epochs
 
 
 def train_step(
@@ -220,10 +230,12 @@ def train_step(
     targets: Tensor,
     seen: Tensor,
     groups: Sequence[Tensor] = (),
+    piles: bool = False,
 ) -> dict[str, float]:
     """One step on uint8 images [B, 3, S, S] with targets [B] among the seen classes' attributes [S, A].
 
-    ``groups``: attribute numbers of each group, for ``loss.group_weight``.
+    ``groups``: attribute numbers of each group, for ``loss.group_weight``. ``piles``: the backbone's gradients are
+    added to those that it has, and left there.
 
     Returns the losses, unweighted but for their sum ``loss``. A non-finite loss changes nothing, nor does a non-finite
     gradient of a finite one: its norm is then returned too, as ``gradient``.
@@ -250,14 +262,28 @@ def train_step(
         total = total + config.loss.lambda2 * parts["loss_patch"]
     values = {"loss": total.item()} | {name: value.item() for name, value in parts.items()}
     if np.isfinite(values["loss"]):
-        optimizer.zero_grad(set_to_none=True)
+        aside = list(model.backbone.parameters()) if piles else []
+        with _without_gradients(aside):
+            optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf).item()
         if np.isfinite(norm):
-            optimizer.step()
+            with _without_gradients(aside):
+                optimizer.step()
         else:
             values["gradient"] = norm
     return values
+
+
+@contextmanager
+def _without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within it these parameters have no gradients, so that nothing clears or applies them."""
+    held = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    yield
+    for parameter, gradient in held:
+        parameter.grad = gradient
 
 
 def _finish_epoch(phase: Phase, config: Config, bundle: Bundle, model: SVIP, progress: Progress) -> dict[str, Any]:

@@ -86,16 +86,41 @@ def test_it_trains_each_variant_with_each_seed_under_one_run_and_then_nothing_mo
     assert "ablation.html" in {file.path for file in client.list_artifacts(whole)}
 
     before = times(tmp_path)
-    for name in ("baseline", "full"):  # found again on another machine
-        saved = tmp_path / "out" / name / "seed-0" / "checkpoint" / "config.yaml"
-        saved.write_text(saved.read_text().replace("weights: none", "weights: old/place.safetensors"))
-        before[saved] = saved.stat().st_mtime_ns
     caplog.clear()
     (tmp_path / "out" / "ablation.md").unlink()
     ablate(tmp_path / "out", "data.root=new", "train.workers=1", seeds=2)
     assert times(tmp_path) == before
     assert not [record for record in caplog.records if record.message.startswith("run ")]
     assert (tmp_path / "out" / "ablation.md").exists(), "the table is made anew"
+
+
+def test_other_protocols_are_evaluated_and_nothing_is_trained_again(ablate: Ablate, tmp_path: Path) -> None:
+    ablate(tmp_path)
+    trained = {path: time for path, time in times(tmp_path).items() if path.name == "model.safetensors"}
+    page = ablate(tmp_path, "evaluation.protocols=[none,published]")
+    assert {path: time for path, time in times(tmp_path).items() if path.name == "model.safetensors"} == trained
+    assert protocols(tmp_path, "full/seed-0").keys() == {"none", "published"}
+    table = pd.read_csv(Path(page).with_suffix(".csv"))
+    assert table["protocol"].tolist() == ["none"] * 2 + ["published"] * 2
+    assert "accuracy by sample" in Path(page).read_text()
+
+
+def test_runs_of_other_weights_are_not_taken_as_finished(ablate: Ablate, tmp_path: Path) -> None:
+    ablate(tmp_path, variants=("full",))
+    with pytest.raises(FailedRuns, match=r"model.weights: none -> timm"):
+        ablate(tmp_path, "model.weights=timm", variants=("full",))
+
+
+def test_a_sweep_keeps_its_runs_apart_whatever_MLFLOW_RUN_ID_says(
+    ablate: Ablate, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(store)
+    whole = client.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", whole)
+    ablate(tmp_path)
+    trained = {(tmp_path / f"{name}/seed-0/checkpoint/run_id").read_text() for name in ("baseline", "full")}
+    assert len(trained) == 2 and whole not in trained
+    assert "ablation.html" in {file.path for file in client.list_artifacts(whole)}
 
 
 def test_an_interrupted_sweep_goes_on_within_the_run_that_it_was_in(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from small_training import ATTRIBUTES, TINY, write_bundle
 from svip.config import ConfigError, load_config
 from svip.data.bundle import Bundle
 from svip.evaluation.evaluate import evaluate
+from svip.models.svip import SVIP
 from svip.training import loop
+from svip.training.optim import build_optimizer
 
 IMAGE_ROLES = {
     "train": ["train"] * 5 + ["val_seen", "test_seen"],
@@ -95,6 +98,44 @@ def test_adam_is_renewed_in_each_epoch_after_the_head_only_ones(
     assert steps.remembered == [*range(8), *range(4), *range(4)]
 
 
+def test_piled_up_gradients_are_summed_and_never_applied(bundle: Bundle) -> None:
+    config = load_config("smoke", [*TINY, "optim.head_stage=piled", "optim.clip_norm=0"])
+    torch.manual_seed(0)
+    model = SVIP(config.model, config.data.image_size, torch.ones(ATTRIBUTES, 7))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, config.optim)
+    seen, targets = torch.from_numpy(bundle.class_attributes[:4]), torch.tensor([0, 1, 2, 3])
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(3):
+        images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+        single = copy.deepcopy(model)
+        loop.train_step(single, build_optimizer(single, config.optim), config, images, targets, seen)
+        for name, parameter in single.backbone.named_parameters():
+            assert parameter.grad is not None
+            expected[name] = expected.get(name, torch.zeros(())) + parameter.grad
+        loop.train_step(model, optimizer, config, images, targets, seen, piles=True)
+        for name, parameter in model.backbone.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, expected[name], msg=f"step {step}, {name}")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if not name.startswith("backbone.")}
+
+
+def test_piled_up_gradients_are_felt_through_clipping_alone(
+    bundle: Bundle, words: NDArray[np.float32], tmp_path: Path
+) -> None:
+    def weights(name: str, *overrides: str) -> dict[str, torch.Tensor]:
+        options = (*ONE_PHASE, "optim.epochs=2", "optim.head_epochs=2", *overrides)
+        train(bundle, words, tmp_path / name, *options)
+        return load_file(tmp_path / name / "model.safetensors")
+
+    frozen, piled = (weights(stage, f"optim.head_stage={stage}") for stage in ("frozen", "piled"))
+    differ = {name for name, tensor in frozen.items() if not torch.equal(tensor, piled[name])}
+    assert differ and not any(name.startswith("backbone.") for name in differ)
+    free = [weights(f"free-{s}", f"optim.head_stage={s}", "optim.clip_norm=0") for s in ("frozen", "piled")]
+    assert all(torch.equal(tensor, free[1][name]) for name, tensor in free[0].items())
+
+
 def test_following_the_published_protocol_leaves_the_honest_model_as_it_is(
     bundle: Bundle, words: NDArray[np.float32], tmp_path: Path
 ) -> None:
@@ -130,11 +171,14 @@ def test_evaluation_shows_the_published_numbers_beside_the_honest_ones(
     assert "epoch" not in alone["published"] and alone["published"].keys() == alone["oracle"].keys()
 
 
-@pytest.mark.parametrize("dies_in_epoch", [2, 3])
+@pytest.mark.parametrize("dies_in_epoch", [1, 2, 3])
 def test_a_published_run_that_is_interrupted_goes_on_bit_for_bit(
     dies_in_epoch: int, bundle: Bundle, words: NDArray[np.float32], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("train.published=true", "optim.renew_adam=true", "optim.drop_last=true", "train.checkpoint_steps=1")
+    options = (
+        *("train.published=true", "optim.renew_adam=true", "optim.drop_last=true", "train.checkpoint_steps=1"),
+        *("optim.head_epochs=2", "optim.head_stage=piled", "optim.clip_norm=0.1"),
+    )
     whole = train(bundle, words, tmp_path / "whole", *options)
     finish, count = loop._finish_epoch, iter(range(1, 100))
 

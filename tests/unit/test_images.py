@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, UnidentifiedImageError
 
 from svip.config import DataConfig
 from svip.data.bundle import Bundle, BundleWriter
-from svip.data.images import EpochBatches, ImageDataset, center, loader, random_crop, resize, short_side
+from svip.data.images import EpochBatches, ImageDataset, center, decode, loader, random_crop, resize, short_side
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -33,6 +36,33 @@ def dataset(
 ) -> ImageDataset:
     data = DataConfig(image_size=16, train_view=view, test_view="center" if view == "random_crop" else view, flip=flip)
     return ImageDataset(bundle, np.arange(first, 40), data, train, seed)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "refused"),
+    [
+        (40, 2, ""),
+        (41, 2, "41 x 2 pixels: expected"),
+        (2, 41, "no side more than 20 times"),
+        (10_000, 8_001, "at most 80 megapixels"),
+    ],
+)
+def test_a_size_that_is_no_photo_s_is_refused_before_it_is_decoded(width: int, height: int, refused: str) -> None:
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "png")
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            decode(file, 8)
+    else:
+        assert decode(file, 8).shape == (8, 160, 3)
+
+
+def test_formats_that_need_another_program_are_not_read() -> None:
+    postscript = io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    assert Image.open(postscript).format == "EPS"
+    postscript.seek(0)
+    with pytest.raises(UnidentifiedImageError):
+        decode(postscript, 8)
 
 
 def test_center_cuts_the_middle_without_resampling() -> None:

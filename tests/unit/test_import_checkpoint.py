@@ -193,6 +193,15 @@ def test_code_in_a_file_is_named_and_not_run(kind: str, place: str, zipped: bool
     assert sorted(os.listdir()) == ["file.pth", "words.npy"]
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_few_bytes_that_ask_for_all_memory_are_refused(zipped: bool) -> None:
+    content = released(published_network().state_dict(), more=bytearray(8))
+    torch.save(content, "file.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(PublishedError, match="it holds a bytearray, which no model does"):
+        import_file()
+    assert sorted(os.listdir()) == ["file.pth", "words.npy"]
+
+
 def test_the_hostile_content_would_have_run_if_it_were_unpickled() -> None:
     for content, _ in (HOSTILE[kind] for kind in ("os.system", "builtins.eval", "a Namespace's heir", "registered")):
         pickle.loads(pickle.dumps(content, 2))

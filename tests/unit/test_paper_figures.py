@@ -113,9 +113,10 @@ def test_twenty_classes_have_twenty_looks_and_the_title_tells_the_silhouette() -
 
 
 def test_deciding_attributes_are_shown_and_rarer_in_other_classes() -> None:
-    classes = np.array([[1, 1, 0, 0.5], [1, 0, 1, 0]], np.float32)  # means 1, .5, .5, .25
-    predicted = np.array([[9, 1, 9, 3], [9, 5, 0.1, 2]], np.float32)
-    # above the mean: .5 of the second and .25 of the fourth for class 0, .5 of the third for class 1
+    # at unit length [.67, .67, 0, .33] and [.71, 0, .71, 0], so means .69, .33, .35, .17
+    classes = np.array([[1, 1, 0, 0.5], [1, 0, 1, 0]], np.float32)
+    predicted = np.array([[9, 1, 9, 3], [9, 5, 0.9, 2]], np.float32)
+    # above the mean: .33 of the second and .17 of the fourth for class 0, .02 of the first and .35 of the third for 1
     chosen = _deciding(predicted, classes, np.array([0, 1]))
     assert chosen[0, :2].tolist() == [3, 1]
     assert chosen[1, 0] == 2

@@ -201,6 +201,11 @@ def test_equal_scores_go_to_the_unseen_class_as_in_evaluation(folder: Path, phot
 HEADER = 'name,wing::red,size::big,"bill, hooked",tail::long\n'
 
 
+def test_the_largest_attributes_still_give_finite_scores(folder: Path, photos: list[Path]) -> None:
+    answer = Predictor.load(folder).among(f"{HEADER}owl,1e15,1e15,1e15,1e15\njay,1,1,1,1".encode())(photos[0])[0]
+    assert scores(answer)["owl"] == pytest.approx(scores(answer)["jay"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -222,6 +227,11 @@ HEADER = 'name,wing::red,size::big,"bill, hooked",tail::long\n'
         (HEADER + "owl,1,1,1,1\njay,0,1,1,1\nowl ,1,0,0,1", "line 4: 'owl' is already the class of line 2"),
         (HEADER + ",1,1,1,1", "line 2: the class has no name"),
         (HEADER + "owl,0,0,0.0,0", "line 2: all attributes of 'owl' are 0"),
+        (
+            HEADER + "owl,1e16,1_0,inf,-1e15",
+            "expected a number, found '1e16'; line 2, column 'size::big': expected a num",
+        ),
+        (HEADER + "owl,1e-50,0,0,0", "line 2: all attributes of 'owl' are 0"),
         (HEADER + "owl,x,x,x,x\n" * 4, "; and 9 more"),
         (HEADER + "H\xe4her,1,1,1,1", "new.csv is not a CSV in UTF-8"),
     ],
@@ -262,7 +272,7 @@ def test_a_folder_without_classes_loads_and_the_predictor_says_what_to_do(tmp_pa
     (run / "classes.parquet").unlink()
     load_model(run)
     with pytest.raises(
-        CheckpointError, match="expected the checkpoint's classes with 4 attributes; run its `svip train` again"
+        CheckpointError, match="expected the checkpoint's classes with 4 attributes; copy the file out of the bundle"
     ):
         Predictor.load(run)
     write_classes(run, CLASSES.drop(columns="size::big"))

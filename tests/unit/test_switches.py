@@ -53,7 +53,14 @@ PUBLISHED_ONLY = {  # switch of published/* -> what it changes of `outputs`
     "loss.temperature=20": {"loss_consistency"},
     "loss.group_weight=0.5": {"loss_group"},
 }
-IN_TRAINING = {"optim.reshuffle", "optim.drop_last", "optim.renew_adam", "train.published", "evaluation.protocols"}
+IN_TRAINING = {
+    "optim.reshuffle",
+    "optim.drop_last",
+    "optim.renew_adam",
+    "optim.head_stage",
+    "train.published",
+    "evaluation.protocols",
+}
 """Switches of published/* that act beyond one step; test_training_switches.py turns them."""
 
 
