@@ -206,11 +206,19 @@ def selection_against_masks(
 def report(
     evaluation: Path, checkpoint: Path, bundle: Bundle, out: Path, lineage: Mapping[str, str] | None = None
 ) -> Path:
-    """Write report.html and results.md to ``out`` from what training and evaluation left; the page's path."""
+    """Write report.html and results.md to ``out`` from what training and evaluation left; the page's path.
+
+    CheckpointError where the three are not of one training.
+    """
     if not (evaluation / "metrics.json").is_file():
         raise FileNotFoundError(f"{evaluation} holds no evaluation (no metrics.json); make one with `svip evaluate`")
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     model, config, info = load_model(checkpoint)
+    check_bundle(checkpoint, config, info, bundle)
+    if metrics.get("training") != info:
+        raise CheckpointError(
+            f"{evaluation} is of another checkpoint than {checkpoint}; run `svip evaluate` on this one"
+        )
     facts = {"dataset": config.data.dataset, "bundle sha256": bundle.sha256}
     if "imported" in info:
         facts["imported from"] = info["imported"]["file"]

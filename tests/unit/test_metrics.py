@@ -353,6 +353,17 @@ def test_a_report_without_an_evaluation_says_how_to_make_one(world: World, tmp_p
         report(tmp_path, world.checkpoint, world.bundle, tmp_path / "report")
 
 
+def test_a_report_of_an_evaluation_of_another_checkpoint_is_refused(
+    tmp_path: Path, evaluated: tuple[dict[str, Any], Path]
+) -> None:
+    other = make_world(tmp_path / "checkpoint", write_bundle(tmp_path / "bundle"))
+    info = json.loads((other.checkpoint / "model.json").read_text())
+    (other.checkpoint / "model.json").write_text(json.dumps(info | {"gamma": 0.123}))
+    with pytest.raises(CheckpointError, match="is of another checkpoint than .*run `svip evaluate` on this one"):
+        report(evaluated[1], other.checkpoint, other.bundle, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
 def predictions_of(selected: list[list[int]]) -> Predictions:
     mask = np.array(selected, bool)
     return Predictions(np.arange(len(mask)), np.zeros(len(mask), np.int64), torch.zeros(len(mask), 4), mask)
