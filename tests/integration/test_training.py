@@ -147,7 +147,8 @@ def test_a_killed_training_resumes_bit_for_bit(
     assert_same(tmp_path / "run", uninterrupted)
     left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert left == {
-        *("bundle.sha256", "config.yaml", "history.json", "model.json", "model.safetensors", "best.safetensors")
+        *("bundle.sha256", "classes.parquet", "config.yaml", "history.json"),
+        *("model.json", "model.safetensors", "best.safetensors"),
     }
 
 
