@@ -162,7 +162,7 @@ def class_bars(per_class: pd.DataFrame, role: str, ends: int = 15) -> Figure:
             "markersize": 5,
             "clip_on": False,
         }
-        rings = axes.plot(zsl, places, "o", label="among unseen classes only", **ring)
+        rings = axes.plot(zsl, places, "o", label=f"among {role} classes only", **ring)
         _legend_above(figure, 2, handles=[bars, *rings])
     for place, value in zip(places, gzsl, strict=True):
         text = f"{value:.0f}" if np.isfinite(value) else "-"

@@ -25,7 +25,7 @@ PROTOCOLS = {
     "validation": "gamma chosen on the validation classes",
     "none": "no calibration, gamma = 0",
     "oracle": "oracle: gamma chosen on the test set, not a result",
-    "published": "published: epoch and offset chosen on the test set, by sample, not a result",
+    "published": "published: chosen on the test set, by sample, not a result",
 }
 """What the tables say of each protocol; these come first and in this order."""
 MAX_EXAMPLES = 12
