@@ -374,9 +374,9 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def from_yaml(path: Path) -> Config:
+def from_yaml(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a saved configuration (unknown keys are refused, as in a preset)."""
-    return load_config(str(path))
+    return load_config(str(path), overrides)
 
 
 def _preset_path(preset: str) -> Path:

@@ -25,7 +25,7 @@ from svip.data.images import decode, square, upright
 from svip.data.new_classes import parse_new_classes
 from svip.evaluation.inference import autocast, choose_device, distinctions
 from svip.models.svip import SVIP, Prediction
-from svip.training.checkpoint import load_model, read_classes, write_atomically, write_text
+from svip.training.checkpoint import load_model, read_classes, read_info, write_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ class Predictor:
         distinctive = distinctions(matrix, _matrix(self.known))  # [C, A]
         seen = (self.candidates["role"] != "test_unseen").to_numpy()
         device, size = next(self.model.parameters()).device, self.config.evaluation.batch_size
-        grid = (self.model.backbone.grid[0] // 2, self.model.backbone.grid[1] // 2)
+        grid = self.model.group_grid
         answers = []
         for start in range(0, len(views), size):
             batch = np.stack([view.transpose(2, 0, 1) for view in views[start : start + size]])  # [B, 3, S, S]
@@ -194,7 +194,7 @@ def write_template(checkpoint: Path, file: Path) -> None:
     """An empty CSV file with the columns that new classes need; FileExistsError where ``file`` is one already."""
     if file.exists():
         raise FileExistsError(f"{file} is there already; give another file to --template")
-    columns = Predictor.load(checkpoint).known.columns.drop("role")
+    columns = read_classes(checkpoint, read_info(checkpoint)["attributes"]).columns.drop("role")
     write_text(file, pd.DataFrame(columns=columns).to_csv(index=False))
 
 

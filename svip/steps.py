@@ -119,10 +119,8 @@ def train(
 
         def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
             # both phases have an epoch 1: the final one's losses get a name of their own
-            names = {
-                name: f"final_{name}" if phase == "final" and name.startswith("train/") else name for name in metrics
-            }
-            tracker.log_metrics({names[name]: value for name, value in metrics.items()}, epoch)
+            own = "final_train/" if phase == "final" else "train/"
+            tracker.log_metrics({name.replace("train/", own): value for name, value in metrics.items()}, epoch)
 
         info = train_model(config, data, embedding.vectors, directory, report_epoch)
         logged = directory / "logged_run_id"  # a rerun adds no second model to the run
@@ -277,7 +275,7 @@ def ablate_table(
 
     An evaluation belongs to the run whose configuration it was made with; ValueError names a run that has none.
     """
-    found = [json.loads((Path(path) / "metrics.json").read_text(encoding="utf-8")) for path in evaluations]
+    found = [sweep.read_metrics(Path(path)) for path in evaluations]
     chosen: dict[str, sweep.Variant] = {}
     results: dict[str, dict[int, Any]] = {}
     for name in runs:
@@ -380,11 +378,10 @@ def _sweep(
 
     def is_finished(run: sweep.Run) -> bool:
         folder, config = run.folder(directory), homes[run][1]
-        metrics = folder / "evaluation" / "metrics.json"
-        if not metrics.exists():
+        if not (folder / "evaluation" / "metrics.json").exists():
             return False
         check_resumable(config, data, embedding.vectors, folder / "checkpoint")
-        evaluated = json.loads(metrics.read_text(encoding="utf-8"))["settings"]
+        evaluated = sweep.read_metrics(folder / "evaluation")["settings"]
         return all(evaluated[f"evaluation.{key}"] == getattr(config.evaluation, key) for key in ("protocols", "eszsl"))
 
     def execute(run: sweep.Run) -> None:
@@ -403,8 +400,8 @@ def _sweep(
         for run in runs:
             home = homes[run][0]
             if home in finished:
-                protocols = sweep.read_protocols(home.folder(directory) / "evaluation")
-                results.setdefault(run.variant.name, {})[run.seed] = protocols
+                metrics = sweep.read_metrics(home.folder(directory) / "evaluation")
+                results.setdefault(run.variant.name, {})[run.seed] = metrics["protocols"]
         if results:
             write(results)
 

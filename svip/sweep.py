@@ -78,12 +78,8 @@ class Panel:
 
 def ablation(names: Sequence[str] = ("all",)) -> list[Variant]:
     """The variants of Table 2 in its order; ``names`` picks some. Raises SweepError for an unknown one."""
-    table = _read("ablation")
-    return [
-        Variant(name, row["label"], tuple(row["overrides"]), row["paper"])
-        for name, row in table.items()
-        if name in _known(names, table, "variant")
-    ]
+    chosen = _chosen("ablation", names, "variant")
+    return [Variant(name, row["label"], tuple(row["overrides"]), row["paper"]) for name, row in chosen.items()]
 
 
 def ablation_run(name: str) -> Run:
@@ -96,12 +92,9 @@ def ablation_run(name: str) -> Run:
 
 def sensitivity(config: Config, names: Sequence[str] = ("all",)) -> list[Panel]:
     """The panels of Figure 4 for a configuration; M is scaled to the model's number of merged groups."""
-    table = _read("sensitivity")
     unchanged = Variant("default", "unchanged")
     panels = []
-    for name, row in table.items():
-        if name not in _known(names, table, "parameter"):
-            continue
+    for name, row in _chosen("sensitivity", names, "parameter").items():
         values = row["values"]
         if "of" in row:
             values = [round(value / row["of"] * group_count(config)) for value in values]
@@ -178,22 +171,18 @@ def work(
         raise FailedRuns(f"{len(failures)} of {len(runs)} runs failed; the table is without them{''.join(lines)}")
 
 
-def read_protocols(evaluation: Path) -> dict[str, Any]:
-    """The accuracies of an evaluation, by protocol (percent)."""
-    return dict(json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))["protocols"])
+def read_metrics(evaluation: Path) -> dict[str, Any]:
+    """metrics.json's content of a run that was evaluated."""
+    return dict(json.loads((evaluation / "metrics.json").read_text(encoding="utf-8")))
 
 
-def _known(names: Sequence[str], table: Mapping[str, Any], what: str) -> Sequence[str]:
-    """``names``, or those of the whole table for ``all``."""
+def _chosen(file: str, names: Sequence[str], what: str) -> dict[str, Any]:
+    """The rows of a file of ``sweeps`` that ``names`` picks (``all``: each), in the file's order."""
+    table = OmegaConf.to_container(OmegaConf.load(Path(str(resources.files("svip") / "sweeps" / f"{file}.yaml"))))
+    assert isinstance(table, dict)
     for name in names:
         if name != "all" and name not in table:
-            close = difflib.get_close_matches(name, table, n=1)
+            close = difflib.get_close_matches(name, map(str, table), n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise SweepError(f"unknown {what} {name!r}; {hint}there are: all, {', '.join(table)}")
-    return list(table) if "all" in names else names
-
-
-def _read(name: str) -> dict[str, Any]:
-    loaded = OmegaConf.to_container(OmegaConf.load(Path(str(resources.files("svip") / "sweeps" / f"{name}.yaml"))))
-    assert isinstance(loaded, dict)
-    return {str(key): row for key, row in loaded.items()}
+            raise SweepError(f"unknown {what} {name!r}; {hint}there are: all, {', '.join(map(str, table))}")
+    return {str(name): row for name, row in table.items() if "all" in names or name in names}

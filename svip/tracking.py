@@ -23,9 +23,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from PIL import Image
-
 import svip
 
 if TYPE_CHECKING:
@@ -257,8 +254,10 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
     if tracker._client is None:
         return ""
     import mlflow
+    import pandas as pd  # here, as every command imports this module and few log a model
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from PIL import Image
 
     package = Path(svip.__file__).parent
     mlflow.set_tracking_uri(tracking_uri())  # Model.log knows no other way

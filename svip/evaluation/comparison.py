@@ -12,11 +12,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from svip.evaluation.figures import PALETTE, STYLE, to_svg
+from svip.evaluation.figures import PALETTE, STYLE, blank, to_svg
 from svip.evaluation.pages import render
 from svip.evaluation.report import COLUMNS, PROTOCOLS
 from svip.training.checkpoint import write_atomically, write_text
@@ -128,8 +127,7 @@ def sensitivity_figure(
     panels: label, default value, and value -> variant, ascending. Values stand evenly, as in the paper; the default
     is the dashed line.
     """
-    figure = Figure(figsize=(2.9 * len(panels) + 0.4, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(2.9 * len(panels) + 0.4, 3.2)
     for index, (label, default, points) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), index + 1, sharey=figure.axes[0] if index else None)
         axes.axvline(list(points).index(default), color=PALETTE["muted"], linewidth=0.9, linestyle=(0, (3, 2)))
@@ -209,4 +207,4 @@ def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 @matplotlib.rc_context(STYLE)
 def _save(figure: Figure, path: Path) -> None:
     kind = path.suffix[1:]  # the temporary name has another
-    write_atomically(path, lambda part: figure.savefig(part, format=kind, dpi=160, facecolor=PALETTE["paper"]))
+    write_atomically(path, lambda part: figure.savefig(part, format=kind, dpi=160))

@@ -186,7 +186,7 @@ def selection_against_masks(
     """
     if not model.selects or bundle.mask(int(predictions.rows[0])) is None:
         return None
-    height, width = model.backbone.grid[0] // 2, model.backbone.grid[1] // 2
+    height, width = model.group_grid
     recall, precision, cover = [], [], []
     for row, selected in zip(predictions.rows, predictions.selected, strict=True):
         object_share = _group_means(_mask_view(config, bundle, int(row)), height, width)  # [G]
@@ -247,7 +247,6 @@ def _examples(model: SVIP, config: Config, bundle: Bundle, evaluation: Path, gam
     calibrated = scores - gamma * ~np.isin(np.arange(scores.shape[1]), bundle.classes_with("test_unseen"))
     halves = [np.flatnonzero(is_unseen == unseen) for unseen in (True, False)]
     chosen = np.concatenate([half[np.linspace(0, len(half) - 1, EXAMPLES // 2).astype(int)] for half in halves])
-    grid = (model.backbone.grid[0] // 2, model.backbone.grid[1] // 2)
     distinctive = distinctions(bundle.class_attributes, bundle.class_attributes)
     examples = []
     for k in chosen:
@@ -261,7 +260,7 @@ def _examples(model: SVIP, config: Config, bundle: Bundle, evaluation: Path, gam
                 image=_view(config, bundle.image(row)),
                 name=bundle.class_names[labels[k]],
                 role="unseen" if is_unseen[k] else "seen",
-                selected=selected[k].reshape(grid),
+                selected=selected[k].reshape(model.group_grid),
                 predictions=[(bundle.class_names[c], float(calibrated[k, c]), bool(c == labels[k])) for c in best],
                 mask=None if bundle.mask(row) is None else _mask_view(config, bundle, row),
                 attributes=[(bundle.attribute_names[a], float(reasons[a])) for a in decided],

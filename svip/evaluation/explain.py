@@ -16,7 +16,7 @@ from torch import Tensor
 from svip.config import Config
 from svip.data.bundle import Bundle
 from svip.data.images import ImageDataset
-from svip.models.patches import group_scores, merge
+from svip.models.patches import class_attention, group_scores, merge
 from svip.models.svip import SVIP
 
 SEED = 0
@@ -44,8 +44,7 @@ class LayerAttention:
         self.rows: list[Tensor] = []
 
     def __call__(self, query: Tensor, key: Tensor, scale: float) -> None:
-        logits = (query[:, :, 0] * scale).unsqueeze(2) @ key.transpose(-2, -1)  # [B, h, 1, T]
-        self.rows.append(logits.float().softmax(-1).mean(1).squeeze(1))
+        self.rows.append(class_attention(query, key, scale))
 
 
 def views(config: Config, bundle: Bundle, rows: NDArray[np.int64]) -> Tensor:
@@ -86,12 +85,11 @@ def explain(model: SVIP, images: Tensor) -> Explanation:
     there = torch.ones_like(selected) if values.shape[1] == model.groups else selected
     maps = values.new_full((*selected.shape, values.shape[-1]), float("nan"), dtype=torch.float32)
     maps[there] = values.float().flatten(0, 1)
-    grid = (model.backbone.grid[0] // 2, model.backbone.grid[1] // 2)
     return Explanation(
         images.permute(0, 2, 3, 1).cpu().numpy(),
         prediction.attributes.cpu().numpy(),
-        selected.unflatten(1, grid).cpu().numpy(),
-        maps.unflatten(1, grid).cpu().numpy(),
+        selected.unflatten(1, model.group_grid).cpu().numpy(),
+        maps.unflatten(1, model.group_grid).cpu().numpy(),
     )
 
 
@@ -125,8 +123,6 @@ def _class_head_values(model: SVIP, images: Tensor, selected: Tensor) -> Tensor:
     """The class head on the final patch tokens, mean of each group that is left: [B, G, A] (or [B, M, A])."""
     assert model.class_head is not None
     patches = model.backbone.embed(model.normalize(images))
-    tokens = model.encode_contextualized(patches, selected)[0][:, model.backbone.prefix :]
-    whole = tokens.shape[1] == model.index.numel()
-    groups = tokens[:, model.index] if whole else tokens.unflatten(1, (-1, 4))  # [B, G, 4, D]
-    values: Tensor = model.class_head(groups).mean(2)
+    groups = model.final_groups(model.encode_contextualized(patches, selected)[0])
+    values: Tensor = model.class_head(groups.unflatten(2, (4, -1))).mean(2)
     return values

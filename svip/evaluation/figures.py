@@ -11,7 +11,7 @@ import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -192,8 +192,7 @@ def example_tile(
     patches: row and column of groups to frame, numbered from 1 in this order; None only counts.
     """
     height, width = image.shape[:2]
-    figure = Figure(figsize=(2.3, 2.3 * height / width))
-    FigureCanvasAgg(figure)
+    figure = blank(2.3, 2.3 * height / width, layout=None)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     hatch_unselected(axes, image, selected)
     stroke: list[Any] = [withStroke(linewidth=3.2, foreground="#1d2228")]
@@ -232,6 +231,13 @@ def hatch_unselected(axes: Axes, image: np.ndarray, selected: np.ndarray) -> Non
         axes.add_patch(PathPatch(path, facecolor="none", hatch="////", edgecolor=(1, 1, 1, 0.75), linewidth=0))
 
 
+def blank(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty figure of that size in inches, with a canvas of its own: pyplot's global state is not touched."""
+    figure = Figure(figsize=(width, height), layout=layout, facecolor=PALETTE["paper"])
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def to_svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an ``<svg>`` element to put into HTML: no size, no metadata, no address, colours as variables.
 
@@ -265,8 +271,7 @@ def readable(name: object) -> str:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(width, height)
     return figure, figure.add_subplot()
 
 

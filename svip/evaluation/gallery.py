@@ -98,7 +98,7 @@ def _attention(svip: Trained, bundle: Bundle, rows: Rows) -> Iterator[Captioned]
         "aggregates all layers. Dark is high; each row is scaled from its lowest to its highest group, and thin lines "
         "part the rows of the image. r: correlation of a layer with the score over the groups of an image, mean over "
         "the images; the further it is from 1, the less that layer alone would choose the same patches.",
-        paper_figures.attention_heatmap(layers, scores, svip.model.backbone.grid[1] // 2, score),
+        paper_figures.attention_heatmap(layers, scores, svip.model.group_grid[1], score),
     )
 
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from svip.evaluation.figures import PALETTE, STYLE, hatch_unselected, readable
+from svip.evaluation.figures import PALETTE, STYLE, blank, hatch_unselected, readable
 
 SHADES = LinearSegmentedColormap.from_list("shades", [PALETTE["paper"], PALETTE["accent"], PALETTE["ink"]])
 COLOURS = [PALETTE[name] for name in ("accent", "orange", "green", "ink", "muted")]
@@ -52,7 +51,7 @@ def attention_heatmap(
     """
     _, depth, groups = layers.shape
     agreement = _correlation(layers, scores[:, None]).mean(0)  # [L]
-    figure = _figure(7.2, 0.9 + 0.2 * (depth + 1))
+    figure = blank(7.2, 0.9 + 0.2 * (depth + 1))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[depth, 1.3])
     for axes, rows in ((upper, layers.mean(0)), (lower, scores.mean(0)[None])):
         low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
@@ -83,7 +82,7 @@ def localization_grid(
     models = len(panels[0][0][1])
     pitch, wide = above + side + below, models * side + gap
     width, height = side + gap + len(panels[0]) * wide, pitch * len(images)
-    figure = _figure(width, height, layout=None)
+    figure = blank(width, height, layout=None)
 
     def place(left: float, row: int, name: str) -> Axes:
         top = row * pitch + above
@@ -114,7 +113,7 @@ def patch_selection(
     """
     tall = min(3, len(images))
     wide = -(-len(images) // tall)
-    figure = _figure(1.35 * wide + 5, 4.2)
+    figure = blank(1.35 * wide + 5, 4.2)
     parts: Any = figure.subfigures(1, 2, width_ratios=[1.35 * wide, 5])
     left, right = parts
     left.suptitle("(a) masked images", fontsize=9.5)
@@ -146,7 +145,7 @@ def attribute_clusters(
     width = 4.1 * len(panels)
     names = [readable(name) for name in names]
     columns = max(1, int(width / (0.4 + 0.057 * max(map(len, names)))))  # inches of a legend's entry
-    figure = _figure(width, 3.9 + 0.2 * -(-len(names) // columns))
+    figure = blank(width, 3.9 + 0.2 * -(-len(names) // columns))
     for axes, (model, points, silhouette) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         for label, name in enumerate(names):
             style: dict[str, Any] = {"marker": MARKERS[label // len(COLOURS)], "color": COLOURS[label % len(COLOURS)]}
@@ -190,9 +189,3 @@ def _without_scale(axes: Axes) -> None:
     axes.set(xticks=(), yticks=())
     for spine in axes.spines.values():
         spine.set(visible=True, color=PALETTE["rule"])
-
-
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    figure = Figure(figsize=(width, height), layout=layout, facecolor=PALETTE["paper"])
-    FigureCanvasAgg(figure)
-    return figure

@@ -28,6 +28,16 @@ def unmerge(groups: Tensor, index: Tensor) -> Tensor:
     return groups.unflatten(2, (4, -1)).flatten(1, 2)[:, index.flatten().argsort()]
 
 
+def attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention of a block's queries [B, h, Q, d] to all its keys [B, h, T, d], float32 [B, h, Q, T]."""
+    return ((query * scale) @ key.transpose(-2, -1)).float().softmax(-1)
+
+
+def class_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """The class token's row of it alone, mean over heads, [B, T]."""
+    return attention(query[:, :, :1], key, scale).mean(1).squeeze(1)
+
+
 class AttentionScores:
     """Scores each token by the attention that the class token gathers from it over all layers (Eq. 4).
 
@@ -44,12 +54,11 @@ class AttentionScores:
     def __call__(self, query: Tensor, key: Tensor, scale: float) -> None:
         heads = query.shape[1]
         if self.row is None:
-            first = (query[:, :, :1] * scale) @ key.transpose(-2, -1)  # [B, h, 1, T]
-            self.row = first.float().softmax(-1).mean(1).squeeze(1)
+            self.row = class_attention(query, key, scale)
             return
-        attention = ((query * scale) @ key.transpose(-2, -1)).float().softmax(-1)  # [B, h, T, T]
+        weights = attention(query, key, scale)  # [B, h, T, T]
         with torch.autocast(query.device.type, enabled=False):  # it would take the row to bf16 in every layer
-            step = (self.row[:, None, None] @ attention).sum((1, 2))  # [B, T]
+            step = (self.row[:, None, None] @ weights).sum((1, 2))  # [B, T]
         self.row = (self.row + step) / (1 + heads)
 
 
@@ -65,7 +74,7 @@ class AttentionRollout:
 
     @torch.no_grad()
     def __call__(self, query: Tensor, key: Tensor, scale: float) -> None:
-        self._maps.append(((query * scale) @ key.transpose(-2, -1)).float().softmax(-1).mean(1))
+        self._maps.append(attention(query, key, scale).mean(1))
 
     @property
     def row(self) -> Tensor | None:
@@ -75,8 +84,8 @@ class AttentionRollout:
         row = torch.zeros_like(self._maps[0][:, 0])
         row[:, 0] = 1
         with torch.autocast(row.device.type, enabled=False):
-            for attention in reversed(self._maps):
-                row = (row + (row[:, None] @ attention).squeeze(1)) / 2
+            for weights in reversed(self._maps):
+                row = (row + (row[:, None] @ weights).squeeze(1)) / 2
         return row
 
 

@@ -76,6 +76,7 @@ class SVIP(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
         self.groups = len(self.index)
+        self.group_grid = (self.backbone.grid[0] // 2, self.backbone.grid[1] // 2)
         self.two_passes = config.contextualize != "none"
         # "all" contextualizes and reads every group, so there is nothing to select; the class token alone of a single
         # pass needs no patches at all
@@ -178,9 +179,7 @@ class SVIP(nn.Module):
         attributes = torch.zeros((), device=tokens.device)
         localization = None
         if self.patch_head is not None:
-            patches = tokens[:, self.backbone.prefix :]
-            whole = patches.shape[1] == self.index.numel()
-            groups = merge(patches, self.index) if whole else patches.unflatten(1, (-1, 4)).flatten(2)
+            groups = self.final_groups(tokens)
             localization = self.patch_head(groups)  # [B, G, A]
             if pooled == "central":
                 alike = (groups @ groups.mean(1).unsqueeze(-1)).squeeze(-1)  # [B, G]
@@ -191,6 +190,12 @@ class SVIP(nn.Module):
         if self.class_head is not None:
             attributes = attributes + self.class_head(tokens[:, 0])
         return attributes.float(), localization
+
+    def final_groups(self, tokens: Tensor) -> Tensor:
+        """Final tokens [B, T, D] -> the merged groups that are left in them, [B, G, E]."""
+        patches = tokens[:, self.backbone.prefix :]
+        whole = patches.shape[1] == self.index.numel()
+        return merge(patches, self.index) if whole else patches.unflatten(1, (-1, 4)).flatten(2)
 
 
 def pool(values: Tensor, selected: Tensor, how: str) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch.optim import Optimizer
 
-from svip.config import Config, flatten, from_yaml, load_config, to_yaml
+from svip.config import Config, flatten, from_yaml, to_yaml
 from svip.models.contextualization import WordsToPatch
 from svip.models.svip import SVIP
 
@@ -126,7 +126,9 @@ def load_model(
 
 
 def read_info(directory: Path) -> dict[str, Any]:
-    """model.json's content."""
+    """model.json's content; CheckpointError where training has not finished."""
+    if not (directory / "model.json").is_file():
+        raise CheckpointError(f"{directory} holds no finished training (no model.json); run `svip train --out` on it")
     return dict(json.loads((directory / "model.json").read_text(encoding="utf-8")))
 
 
@@ -138,9 +140,8 @@ def read_config(directory: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if not override.startswith(AFTER_TRAINING):
             raise CheckpointError(f"{override!r} can't change after training; only {', '.join(AFTER_TRAINING)} can")
-    if not (directory / "model.json").is_file():
-        raise CheckpointError(f"{directory} holds no finished training (no model.json); run `svip train --out` on it")
-    return load_config(str(directory / "config.yaml"), overrides)
+    read_info(directory)  # config.yaml is there as soon as training begins
+    return from_yaml(directory / "config.yaml", overrides)
 
 
 def write_classes(directory: Path, classes: pd.DataFrame) -> None:
@@ -171,9 +172,8 @@ def check_resumable(directory: Path, config: Config) -> None:
     if not saved.exists():
         return
     before, now = flatten(from_yaml(saved)), flatten(config)
-    free = ("train.device", "train.workers", "train.checkpoint_steps", "data.root")
+    free = (*AFTER_TRAINING, "train.checkpoint_steps", "data.root")
     changed = [f"{k}: {before[k]} -> {now[k]}" for k in now if before[k] != now[k] and not k.startswith(free)]
-    changed = [line for line in changed if not line.startswith("evaluation.")]
     if changed:
         raise CheckpointError(
             f"{directory} was begun with another configuration ({'; '.join(changed)}); "

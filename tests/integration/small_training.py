@@ -12,6 +12,12 @@ from svip.data.bundle import Bundle, BundleWriter
 
 SIZE, ATTRIBUTES = 16, 6
 CLASS_ROLES = ["train"] * 4 + ["val_unseen"] * 2 + ["test_unseen"] * 2
+IMAGE_ROLES = {
+    "train": ["train"] * 5 + ["val_seen", "test_seen"],
+    "val_unseen": ["val_unseen"] * 3 + ["test_seen"],
+    "test_unseen": ["test_unseen"] * 3,
+}
+"""Class role -> roles of the images of each of its classes, for ``write_bundle``."""
 TINY = [
     "model.backbone_args={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}",
     "model.selected_groups=2",

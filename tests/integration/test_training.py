@@ -15,17 +15,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from small_training import ATTRIBUTES, TINY, write_bundle
+from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
 
 from svip.config import Config, load_config
 from svip.data.bundle import ROLES, Bundle
 from svip.training import checkpoint, loop
 
-IMAGE_ROLES = {
-    "train": ["train"] * 5 + ["val_seen", "test_seen"],
-    "val_unseen": ["val_unseen"] * 3 + ["test_seen"],
-    "test_unseen": ["test_unseen"] * 3,
-}
 STEPS = 5  # of an epoch of the select phase: 4 train classes with 5 images each, 4 a batch
 
 

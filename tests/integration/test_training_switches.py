@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from small_training import ATTRIBUTES, TINY, write_bundle
+from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
 
 from svip.config import ConfigError, load_config
 from svip.data.bundle import Bundle
@@ -21,11 +21,6 @@ from svip.models.svip import SVIP
 from svip.training import loop
 from svip.training.optim import build_optimizer
 
-IMAGE_ROLES = {
-    "train": ["train"] * 5 + ["val_seen", "test_seen"],
-    "val_unseen": ["val_unseen"] * 3 + ["test_seen"],
-    "test_unseen": ["test_unseen"] * 3,
-}
 TRAINVAL_IMAGES = 4 * 6 + 2 * 3
 ONE_PHASE = ("train.select=false", "optim.batch_size=8")
 

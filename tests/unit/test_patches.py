@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,26 @@ def eq4_class_row(layers: list[tuple[Tensor, Tensor]], scale: float) -> NDArray[
         total = total + total @ attention
     row: NDArray[np.float64] = total[:, 0]
     return row
+
+
+def any_attention(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test for models of all shapes, the paper's L = 12 and h = 12 among them."""
+    shapes = given(
+        layers=st.integers(1, 12),
+        heads=st.integers(1, 12),
+        tokens=st.integers(2, 20),
+        sharpness=st.floats(0.1, 3),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    paper = example(layers=12, heads=12, tokens=20, sharpness=1.0, seed=0)
+    return settings(deadline=None, max_examples=50)(shapes(paper(test)))
+
+
+def queries_and_keys(layers: int, heads: int, tokens: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, for two images: [2, h, T, 8]."""
+    random = torch.Generator().manual_seed(seed)
+    made = (torch.randn(2, 2, heads, tokens, 8, generator=random) for _ in range(layers))
+    return [(query, key) for query, key in made]
 
 
 def test_blocks_list_top_left_top_right_bottom_left_bottom_right() -> None:
@@ -84,26 +106,17 @@ def test_unmerge_is_the_inverse_of_merge(height: int, width: int, batch: int, ch
     assert torch.equal(merge(unmerge(groups, index), index), groups)
 
 
-@settings(deadline=None, max_examples=50)
-@given(
-    layers=st.integers(1, 12),
-    heads=st.integers(1, 12),
-    tokens=st.integers(2, 20),
-    sharpness=st.floats(0.1, 3),
-    seed=st.integers(0, 2**32 - 1),
-)
-@example(layers=12, heads=12, tokens=20, sharpness=1.0, seed=0)
+@any_attention
 def test_scores_are_eq4s_class_row_up_to_its_known_sum(
     layers: int, heads: int, tokens: int, sharpness: float, seed: int
 ) -> None:
-    random = torch.Generator().manual_seed(seed)
-    made = [tuple(torch.randn(2, 2, heads, tokens, 8, generator=random)) for _ in range(layers)]
+    made = queries_and_keys(layers, heads, tokens, seed)
     scale = sharpness * 8**-0.5
     scores = AttentionScores()
     for query, key in made:
         scores(query, key, scale)
     assert scores.row is not None
-    expected = eq4_class_row([(query, key) for query, key in made], scale)
+    expected = eq4_class_row(made, scale)
     # each row of T^l sums to h, so that of W^L does to h (1 + h)^(L - 1): more than 1e13 for a ViT-B
     np.testing.assert_allclose(scores.row, expected / (heads * (1 + heads) ** (layers - 1)), rtol=1e-5)
 
@@ -142,20 +155,11 @@ def test_group_scores_need_an_attention() -> None:
             group_scores(scores, 1, block_index((2, 2)))
 
 
-@settings(deadline=None, max_examples=50)
-@given(
-    layers=st.integers(1, 12),
-    heads=st.integers(1, 12),
-    tokens=st.integers(2, 20),
-    sharpness=st.floats(0.1, 3),
-    seed=st.integers(0, 2**32 - 1),
-)
-@example(layers=12, heads=12, tokens=20, sharpness=1.0, seed=0)
+@any_attention
 def test_rollout_is_the_class_row_of_the_normalised_product_of_all_layers(
     layers: int, heads: int, tokens: int, sharpness: float, seed: int
 ) -> None:
-    random = torch.Generator().manual_seed(seed)
-    made = [tuple(torch.randn(2, 2, heads, tokens, 8, generator=random)) for _ in range(layers)]
+    made = queries_and_keys(layers, heads, tokens, seed)
     scale = sharpness * 8**-0.5
     scores = AttentionRollout()
     product = torch.eye(tokens, dtype=torch.float64).expand(2, tokens, tokens)
