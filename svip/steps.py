@@ -392,7 +392,8 @@ def _sweep(
             _experiment(config), run.name, parent_run_id=parent.run_id or None, tags=tags
         ) as own:
             train(bundle, vectors, checkpoint, preset, [*overrides, *run.overrides], own.run_id, log_model=False)
-            again = [override for override in overrides if override.startswith("evaluation.")]
+            # a checkpoint may have been saved with other ones, whether they came as overrides or with the preset
+            again = [f"evaluation.{key}={json.dumps(value)}" for key, value in vars(config.evaluation).items()]
             evaluate(checkpoint, bundle, str(folder / "evaluation"), own.run_id, overrides=again)
 
     def show(finished: Sequence[sweep.Run]) -> None:

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from small_training import ATTRIBUTES, TINY, write_bundle
 
 from svip import steps
-from svip.config import Config
+from svip.config import Config, load_config, to_yaml
 from svip.data.bundle import Bundle
 from svip.semantics.vectors import Embedding, write_embedding
 from svip.sweep import FailedRuns
@@ -103,6 +103,22 @@ def test_other_protocols_are_evaluated_and_nothing_is_trained_again(ablate: Abla
     table = pd.read_csv(Path(page).with_suffix(".csv"))
     assert table["protocol"].tolist() == ["none"] * 2 + ["published"] * 2
     assert "accuracy by sample" in Path(page).read_text()
+
+
+def test_protocols_that_came_with_the_preset_are_evaluated_once(
+    inputs: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="svip")
+    (tmp_path / "own.yaml").write_text(to_yaml(load_config("smoke", OPTIONS)))
+    arguments = (*inputs, str(tmp_path / "out"), str(tmp_path / "own.yaml"), ["full"], 1)
+    steps.ablate(*arguments)
+    other = load_config("smoke", [*OPTIONS, "evaluation.protocols=[none,published]"])
+    (tmp_path / "own.yaml").write_text(to_yaml(other))
+    for runs in (1, 0):
+        caplog.clear()
+        steps.ablate(*arguments)
+        assert len([record for record in caplog.records if record.message.startswith("run ")]) == runs
+    assert protocols(tmp_path / "out", "full/seed-0").keys() == {"none", "published"}
 
 
 def test_runs_of_other_weights_are_not_taken_as_finished(ablate: Ablate, tmp_path: Path) -> None:
