@@ -19,7 +19,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from svip.cli import Overrides, Preset, example, print_metrics, print_table
+from svip.cli.shared import Overrides, Preset, example, print_metrics, print_table
 from svip.config import load_config
 from svip.tracking import close_run, shown_uri, tracking_uri
 

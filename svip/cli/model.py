@@ -1,115 +1,30 @@
-"""The command line: ``svip STEP --help``. One command a step; it reads arguments and calls ``svip.steps``."""
+"""Commands that make models, and those that look at them: train ... benchmark."""
 
 from __future__ import annotations
 
 import json
-import logging
-import sys
-from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-
-def example(command: str) -> str:
-    """The end of a help text; up to 78 columns stay one line in any terminal, and can be copied."""
-    return f"Example:\n\n`{command}`"
-
-
-app = typer.Typer(
-    help="Zero-shot learning with semantically contextualized visual patches, as tracked and resumable steps.\n\n"
-    "In order: prepare-data, embed-attributes, train, evaluate, report; `svip pipeline run` does them all.",
-    epilog=example("svip pipeline run experiment --preset smoke --out runs/demo"),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+from svip.cli.shared import (
+    Bundle,
+    Checkpoint,
+    Out,
+    Overrides,
+    Parent,
+    Preset,
+    Seeds,
+    Vectors,
+    app,
+    console,
+    example,
+    numbers_table,
+    print_metrics,
+    print_table,
 )
-console = Console()
-
-Preset = Annotated[str, typer.Option("--preset", "-p", help="A shipped preset (`svip config --list`) or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as `optim.lr=1e-5`.", show_default=False),
-]
-Bundle = Annotated[Path, typer.Option("--bundle", help="Split bundle made by `svip prepare-data`.")]
-Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Folder that `svip train` wrote.")]
-Vectors = Annotated[Path, typer.Option("--vectors", help="Folder that `svip embed-attributes` wrote.")]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Runs of each, with seeds 0, 1, ...")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
-Parent = Annotated[str, typer.Option("--parent-run-id", help="MLflow run to nest this one under.")]
-
-
-@app.callback()
-def set_up(
-    debug: Annotated[bool, typer.Option("--debug", help="Log in detail; show the traceback of an error.")] = False,
-) -> None:
-    """What every command can be told."""
-    if debug:
-        logging.getLogger().setLevel(logging.DEBUG)
-
-
-@app.command("prepare-data", epilog=example("svip prepare-data --dataset cub --root data --out bundle"))
-def prepare_data(
-    out: Out,
-    dataset: Annotated[
-        Literal["synthetic", "cub", "awa2", "sun"] | None,
-        typer.Option(
-            metavar="<name>", help="synthetic, cub, awa2 or sun; without it the preset's.", show_default=False
-        ),
-    ] = None,
-    root: Annotated[str, typer.Option(help="Folder that holds the archives' content and xlsa17.")] = "",
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing photos.")] = False,
-    preset: Annotated[
-        str,
-        typer.Option(
-            "--preset", "-p", help="A shipped preset or a YAML file.", show_default="paper/DATASET; synthetic: smoke"
-        ),
-    ] = "",
-    overrides: Overrides = None,
-) -> None:
-    """Make a split bundle (packed images, tables, checksums) of a data set's original archives."""
-    from svip import steps
-
-    chosen = list(overrides or [])
-    chosen += [f"data.dataset={dataset}"] if dataset else []
-    chosen += [f"data.root={quoted(root)}"] if root else []
-    chosen += ["data.allow_missing=true"] if allow_missing else []
-    preset = preset or ("smoke" if dataset in (None, "synthetic") else f"paper/{dataset}")
-    info = steps.prepare_data(str(out), preset, chosen)
-    print(f"{info['dataset']}, {info['split']} split, fold {info['fold']}: {out}")
-    table = numbers_table(["role"], ["images"])
-    for role, count in info["counts"]["images"].items():
-        table.add_row(role, f"{count:,}")
-    console.print(table)
-
-
-@app.command(
-    "embed-attributes", epilog=example("svip embed-attributes --bundle bundle --vectors glove.6B.300d.txt --out words")
-)
-def embed_attributes(
-    bundle: Bundle,
-    out: Out,
-    vectors: Annotated[
-        str, typer.Option(help="Word vectors in GloVe's text format; synthetic data brings its own.")
-    ] = "",
-    preset: Preset = "smoke",
-    overrides: Overrides = None,
-) -> None:
-    """Look up the word vectors of a bundle's attributes."""
-    from svip import steps
-
-    chosen = list(overrides or [])
-    chosen += [f"semantics.vectors={quoted(vectors)}"] if vectors else []
-    report = steps.embed_attributes(str(bundle), str(out), preset, chosen)
-    missing = report["missing_words"]
-    print(f"{len(report['attributes'])} attribute vectors in {out}; {len(missing)} words out of vocabulary")
-    for word, suggestions in missing.items():
-        print(f"  {word}: nearest known {', '.join(suggestions) or 'none'}")
 
 
 @app.command(epilog=example("svip train -p paper/cub --bundle bundle --vectors words -o run optim.lr=1e-5"))
@@ -314,28 +229,6 @@ def benchmark(
     console.print(table)
 
 
-def quoted(text: str) -> str:
-    """The value of an override that means just this text: YAML would read a folder 1.10 as a number."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def print_metrics(metrics: dict[str, Any]) -> None:
-    """The results table, as the report shows it."""
-    from svip.evaluation.report import result_rows
-
-    print("Accuracy in percent (mean of per-class top-1)")
-    table = numbers_table(["method", "protocol"], ["T1", "U", "S", "H", "gamma"])
-    for row in result_rows(metrics):
-        table.add_row(row.method, row.note, *row.values, style="bold" if row.is_result else None)
-    console.print(table)
-
-
-def print_table(page: Path) -> None:
-    """The table of a sweep, and where its files are."""
-    print(page.with_suffix(".md").read_text(encoding="utf-8"))
-    print(f"written to {page.parent}: {', '.join(sorted(file.name for file in page.parent.glob(f'{page.stem}.*')))}")
-
-
 def print_prediction(result: dict[str, Any]) -> None:
     """One image: its classes, and what decided for the first of them."""
     print(result["image"])
@@ -349,32 +242,3 @@ def print_prediction(result: dict[str, Any]) -> None:
     console.print(table, reasons)
     if "overlay" in result:
         print(f"overlay: {result['overlay']}")
-
-
-def numbers_table(labels: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table with columns of text, and of numbers set to the right."""
-    table = Table(*labels)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def main() -> None:
-    """Run the command line; expected errors end with one line and exit code 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("timm", "alembic", "mlflow", "httpx", "gensim", "matplotlib", "fontTools"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    for extension in entry_points(group="svip.commands"):
-        app.add_typer(extension.load(), name=extension.name)
-    try:
-        app()
-    except (ValueError, OSError, RuntimeError) as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
-            raise
-        message = escape(f"{type(error).__name__}: {error}")
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {message}", soft_wrap=True)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

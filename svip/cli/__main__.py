@@ -1,0 +1,5 @@
+"""``python -m svip.cli``."""
+
+from svip.cli import main
+
+main()

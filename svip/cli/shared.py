@@ -1,0 +1,80 @@
+"""What all commands share: the application, the options of several, tables."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def example(command: str) -> str:
+    """The end of a help text; up to 78 columns stay one line in any terminal, and can be copied."""
+    return f"Example:\n\n`{command}`"
+
+
+app = typer.Typer(
+    help="Zero-shot learning with semantically contextualized visual patches, as tracked and resumable steps.\n\n"
+    "In order: prepare-data, embed-attributes, train, evaluate, report; `svip pipeline run` does them all.",
+    epilog=example("svip pipeline run experiment --preset smoke --out runs/demo"),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+
+Preset = Annotated[str, typer.Option("--preset", "-p", help="A shipped preset (`svip config --list`) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as `optim.lr=1e-5`.", show_default=False),
+]
+Bundle = Annotated[Path, typer.Option("--bundle", help="Split bundle made by `svip prepare-data`.")]
+Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Folder that `svip train` wrote.")]
+Vectors = Annotated[Path, typer.Option("--vectors", help="Folder that `svip embed-attributes` wrote.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Runs of each, with seeds 0, 1, ...")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
+Parent = Annotated[str, typer.Option("--parent-run-id", help="MLflow run to nest this one under.")]
+
+
+@app.callback()
+def set_up(
+    debug: Annotated[bool, typer.Option("--debug", help="Log in detail; show the traceback of an error.")] = False,
+) -> None:
+    """What every command can be told."""
+    if debug:
+        logging.getLogger().setLevel(logging.DEBUG)
+
+
+def quoted(text: str) -> str:
+    """The value of an override that means just this text: YAML would read a folder 1.10 as a number."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """The results table, as the report shows it."""
+    from svip.evaluation.report import result_rows
+
+    print("Accuracy in percent (mean of per-class top-1)")
+    table = numbers_table(["method", "protocol"], ["T1", "U", "S", "H", "gamma"])
+    for row in result_rows(metrics):
+        table.add_row(row.method, row.note, *row.values, style="bold" if row.is_result else None)
+    console.print(table)
+
+
+def print_table(page: Path) -> None:
+    """The table of a sweep, and where its files are."""
+    print(page.with_suffix(".md").read_text(encoding="utf-8"))
+    print(f"written to {page.parent}: {', '.join(sorted(file.name for file in page.parent.glob(f'{page.stem}.*')))}")
+
+
+def numbers_table(labels: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table with columns of text, and of numbers set to the right."""
+    table = Table(*labels)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
