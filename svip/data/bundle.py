@@ -2,15 +2,16 @@
 
 ``images.bin`` holds the raw uint8 RGB pixels of all images back to back (each [H, W, 3], sizes may differ);
 ``masks.bin``, where there is one, their object masks [H, W] in the same order. Both are memory-mapped, so that any
-number of loader processes share one copy in the page cache and no image is decoded twice.
+number of loader processes share one copy in the page cache and no image is decoded twice. ``sha256`` of bundle.json
+stands for the content: pixels, labels, classes, but not the order in which the store holds the images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-FORMAT = 1
+from svip.data.store import JOURNAL, Busy, Store, Stored, pixel_sha256
+
+FORMAT = 2
 TRAINVAL = ("train", "val_seen", "val_unseen")
 """Roles whose images may be trained on once all choices are made."""
 ROLES = (*TRAINVAL, "test_seen", "test_unseen")
@@ -32,6 +35,12 @@ CLASS_ROLES = ("train", "val_unseen", "test_unseen")
 """Roles of a class; train and val_unseen classes are seen ones at test time."""
 MISSING_NAMED = 20
 """How many missing photos bundle.json and error messages name."""
+LONGEST_SIDE = 1 << 20
+"""No image is larger, in pixels."""
+NUMBERS, TEXTS = ("class_id", "offset", "height", "width"), ("path", "role", "sha256")
+"""Columns of split.parquet."""
+TABLES = ("split.parquet", "classes.parquet")
+STORES = ("images.bin", "masks.bin")
 
 
 class DataError(ValueError):
@@ -50,7 +59,7 @@ class Bundle:
     info: dict[str, Any]
     """Content of bundle.json."""
     split: pd.DataFrame
-    """One row an image: path, class_id, role, offset (bytes), height, width (pixels)."""
+    """One row an image: path, class_id, role, offset (bytes), height, width (pixels), sha256 (of its pixels)."""
     classes: pd.DataFrame
     """One row a class in order of class_id: name, role, then one float32 column an attribute."""
 
@@ -84,25 +93,53 @@ class Bundle:
     def image(self, row: int) -> NDArray[np.uint8]:
         """RGB pixels of one image: a read-only view, uint8 [H, W, 3]."""
         offset, height, width = self._places[row].tolist()
-        return self._pixels[offset : offset + height * width * 3].reshape(height, width, 3)
+        pixels = np.frombuffer(self._pixels, np.uint8, height * width * 3, offset)
+        return pixels.reshape(height, width, 3)
 
     def mask(self, row: int) -> NDArray[np.uint8] | None:
         """Object mask of one image: a read-only view, uint8 [H, W]; None where the data set has no masks."""
         if self._masks is None:
             return None
         offset, height, width = self._places[row].tolist()
-        return self._masks[offset // 3 : offset // 3 + height * width].reshape(height, width)
+        return np.frombuffer(self._masks, np.uint8, height * width, offset // 3).reshape(height, width)
+
+    def release(self, row: int) -> None:
+        """Give back the memory through which an image was read; views of it stay valid, and fetch it again.
+
+        A process that reads many images without it ends up with the whole store in its resident memory.
+        """
+        offset, height, width = self._places[row].tolist()
+        start = offset - offset % mmap.PAGESIZE
+        self._pixels.madvise(mmap.MADV_DONTNEED, start, offset + height * width * 3 - start)
+
+    def verify(self) -> None:
+        """Read everything, and raise BundleError where it is not what bundle.json's sha256 stands for."""
+        damaged = [
+            str(self.split["path"].iloc[row])
+            for row, expected in enumerate(self.split["sha256"])
+            if pixel_sha256(self.image(row), self.mask(row)) != expected
+        ]
+        if damaged:
+            named = ", ".join(damaged[:MISSING_NAMED])
+            raise BundleError(f"{self.path}: the pixels of {len(damaged)} images are damaged ({named}); prepare again")
+        extra = {
+            name: (self.path / name).read_text(encoding="utf-8")
+            for name in self.info["files"]
+            if name not in (*TABLES, *STORES)
+        }
+        if _content_sha256(self.split, self.classes, extra) != self.sha256:
+            raise BundleError(f"{self.path}: tables or text files don't fit the sha256 of bundle.json; prepare again")
 
     @cached_property
     def _places(self) -> NDArray[np.int64]:
         return np.asarray(self.split[["offset", "height", "width"]], np.int64)
 
     @cached_property
-    def _pixels(self) -> NDArray[np.uint8]:
+    def _pixels(self) -> mmap.mmap:
         return _map(self.path / "images.bin")
 
     @cached_property
-    def _masks(self) -> NDArray[np.uint8] | None:
+    def _masks(self) -> mmap.mmap | None:
         path = self.path / "masks.bin"
         return _map(path) if path.exists() else None
 
@@ -119,68 +156,124 @@ def read_bundle(path: Path | str) -> Bundle:
         raise BundleError(f"{path} is not a split bundle (no bundle.json); make one with `svip prepare-data`") from None
     except json.JSONDecodeError as error:
         raise BundleError(f"{path / 'bundle.json'} is not valid JSON ({error}); prepare the data again") from error
-    found = info.get("format") if isinstance(info, dict) else None
+    found = info.get("format") if isinstance(info, dict) else "no mapping"
     if found != FORMAT:
-        raise BundleError(f"{path / 'bundle.json'}: expected format {FORMAT}, found {found}; prepare the data again")
+        raise BundleError(
+            f"{path / 'bundle.json'}: expected format {FORMAT}, found {found}; prepare the data again with this svip"
+        )
+    if not isinstance(info.get("files"), dict) or not isinstance(info.get("sha256"), str):
+        raise BundleError(f"{path / 'bundle.json'}: expected the fields files and sha256; prepare the data again")
     try:
-        split = pd.read_parquet(path / "split.parquet")
-        classes = pd.read_parquet(path / "classes.parquet")
-        sizes = {name: (path / name).stat().st_size for name in ("images.bin", "masks.bin") if (path / name).exists()}
+        for name, expected in info["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected:
+                raise BundleError(f"{path / name}: expected {expected} bytes, found {size}; prepare again")
+        split, classes = (pd.read_parquet(path / name) for name in TABLES)
     except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        if isinstance(error, BundleError):
+            raise
         raise BundleError(f"{path} is not a whole split bundle ({error}); prepare the data again") from error
-    pixels = int((split["height"].astype(np.int64) * split["width"]).sum())
-    for name, expected in {"images.bin": 3 * pixels, "masks.bin": pixels}.items():
-        if sizes.get(name, 0 if name == "images.bin" else expected) != expected:
-            raise BundleError(f"{path / name}: expected {expected} bytes, found {sizes.get(name, 0)}; prepare again")
+    _check_tables(path, split, classes)
     return Bundle(path, info, split, classes)
 
 
-class BundleWriter:
-    """Writes a bundle to a temporary folder beside ``path``, which gets its name only once all is written.
+def _check_tables(path: Path, split: pd.DataFrame, classes: pd.DataFrame) -> None:
+    """Whatever they say, no image may reach beyond the store or into another one."""
 
-    Used as a context manager: without ``finish`` (an error, an interrupt) nothing is left behind. An older bundle at
-    ``path`` is replaced; BundleError when another kind of folder or file is there.
+    def expect(fulfilled: bool, table: str, expected: str) -> None:
+        if not fulfilled:
+            raise BundleError(f"{path / table}: expected {expected}; prepare the data again")
+
+    types = pd.api.types
+    expect({*NUMBERS, *TEXTS} <= set(split), TABLES[0], f"the columns {', '.join((*TEXTS, *NUMBERS))}")
+    expect(all(types.is_integer_dtype(split[name]) for name in NUMBERS), TABLES[0], f"integers in {NUMBERS}")
+    expect(all(types.is_string_dtype(split[name]) for name in TEXTS), TABLES[0], f"text in {TEXTS}")
+    expect(list(classes.columns[:2]) == ["name", "role"], TABLES[1], "name, role and one column an attribute")
+    expect(all(map(types.is_numeric_dtype, classes.dtypes.iloc[2:])), TABLES[1], "numbers as attributes")
+    for table, roles, allowed in ((TABLES[0], split["role"], ROLES), (TABLES[1], classes["role"], CLASS_ROLES)):
+        expect(bool(roles.isin(allowed).all()), table, f"only the roles {', '.join(allowed)}")
+    expect(bool(split["class_id"].between(0, len(classes) - 1).all()), TABLES[0], f"class ids below {len(classes)}")
+    sides = split[["height", "width"]].to_numpy(np.int64)
+    expect(bool(((sides > 0) & (sides <= LONGEST_SIDE)).all()), TABLES[0], f"sides of 1..{LONGEST_SIDE} pixels")
+    order = np.argsort(split["offset"].to_numpy())
+    ends = 3 * sides.prod(1)[order].cumsum()
+    starts = np.concatenate([[0], ends])  # in bytes; one more than there are images
+    expect(np.array_equal(split["offset"].to_numpy()[order], starts[:-1]), TABLES[0], "images back to back, none twice")
+    for name, expected in zip(STORES, (int(starts[-1]), int(starts[-1]) // 3), strict=True):
+        if (path / name).exists() or name == STORES[0]:
+            size = (path / name).stat().st_size
+            expect(size == expected, name, f"{expected} bytes as {TABLES[0]} says, found {size}")
+
+
+class BundleWriter:
+    """Writes a bundle to a work folder beside ``path``, which gets its name only once all is written.
+
+    Used as a context manager. An older bundle at ``path`` is replaced; BundleError when another kind of folder or file
+    is there, or while another process writes to it. Without ``finish`` (an error, an interrupt) nothing is left behind,
+    unless ``origins`` says per path what an image is made from: then the images written so far stay in the work folder
+    (``.NAME.part``), and the next writer finds those of the same origin in ``stored``.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, origins: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path).resolve()
         if self.path.is_mount():
             raise BundleError(f"{self.path} is a mount point, which can't be renamed to; give a folder inside it")
         if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not _is_bundle(self.path)):
             raise BundleError(f"{self.path} exists and is not a split bundle; give another output folder")
-        self._folder = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
-        self._rows: list[tuple[str, int, str, int, int, int]] = []
-        self._offset = 0
+        self._origins = origins
+        self._folder = self.path.with_name(f".{self.path.name}.part")
+        self._labels: dict[str, tuple[int, str]] = {}
         self._masked = 0
-        self._digests = {"images.bin": hashlib.sha256(), "masks.bin": hashlib.sha256()}
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True)
+        try:
+            self._store = Store(self._folder, self._origins)
+        except Busy:
+            raise BundleError(f"{self.path} is being written by another process; wait for it") from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)  # already renamed away after finish
+        self._store.close(keep=self._origins is not None)
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """The images written so far, by their path."""
+        return self._store.images
 
     def add(
         self, path: str, class_id: int, role: str, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None = None
     ) -> None:
         """Append one image, uint8 [H, W, 3], with its mask, uint8 [H, W] (all images have one, or none has)."""
         _check_roles((role,), ROLES)
+        self.store(path, image, mask)
+        self.label(path, class_id, role)
+
+    def store(
+        self,
+        path: str,
+        image: NDArray[np.uint8],
+        mask: NDArray[np.uint8] | None = None,
+        sha256: str = "",
+        note: str = "",
+    ) -> None:
+        """The first half of ``add``. ``sha256``: the image's pixel_sha256 where known; ``note`` is kept with it."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise BundleError(f"{path}: expected uint8 pixels [H, W, 3], found {image.dtype} {list(image.shape)}")
         if mask is not None and (mask.dtype != np.uint8 or mask.shape != image.shape[:2]):
             raise BundleError(
                 f"{path}: expected a uint8 mask {list(image.shape[:2])}, found {mask.dtype} {list(mask.shape)}"
             )
-        height, width = image.shape[:2]
-        self._rows.append((path, int(class_id), role, self._offset, height, width))
-        self._append("images.bin", image)
-        if mask is not None:
-            self._append("masks.bin", mask)
-            self._masked += 1
-        self._offset += image.size
+        if path in self.stored:
+            raise BundleError(f"{path}: there is an image of this path already")
+        self._store.append(path, image, mask, sha256, note)
+        self._masked += mask is not None
+
+    def label(self, path: str, class_id: int, role: str) -> None:
+        """The second half of ``add``; the bundle lists its images in the order of these calls."""
+        _check_roles((role,), ROLES)
+        self._labels[path] = int(class_id), role
 
     def finish(
         self,
@@ -194,12 +287,11 @@ class BundleWriter:
         ``classes``: name, role and one column an attribute, in order of class_id. ``info``: dataset, split, fold,
         settings, source. ``extra_files``: name -> text. ``missing``: listed photos that are not in the store.
         """
-        split = pd.DataFrame(self._rows, columns=["path", "class_id", "role", "offset", "height", "width"])
-        split = split.astype({"class_id": np.int64, "offset": np.int64, "height": np.int32, "width": np.int32})
+        split = self._split_table()
         classes = classes.reset_index(drop=True).astype(dict.fromkeys(classes.columns[2:], np.float32))
         self._check(split, classes)
-        split.to_parquet(self._folder / "split.parquet", index=False)
-        classes.to_parquet(self._folder / "classes.parquet", index=False)
+        for name, table in zip(TABLES, (split, classes), strict=True):
+            table.to_parquet(self._folder / name, index=False)
         for name, text in (extra_files or {}).items():
             (self._folder / name).write_text(text, encoding="utf-8", newline="\n")
         counts = {
@@ -207,22 +299,33 @@ class BundleWriter:
             "classes": {role: int((classes["role"] == role).sum()) for role in CLASS_ROLES},
             "missing": len(missing),
         }
+        files = sorted(file for file in self._folder.iterdir() if file.name not in (JOURNAL, "bundle.json"))
         record = {
             "format": FORMAT,
             **info,
-            "sha256": self._sha256(split, classes, extra_files or {}),
+            "sha256": _content_sha256(split, classes, extra_files or {}),
             "counts": counts,
             "missing": list(missing[:MISSING_NAMED]),
+            "files": {file.name: file.stat().st_size for file in files},
         }
         (self._folder / "bundle.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self._publish()
         return read_bundle(self.path)
 
-    def _append(self, name: str, array: NDArray[np.uint8]) -> None:
-        data = np.ascontiguousarray(array).data
-        with open(self._folder / name, "ab") as file:
-            file.write(data)
-        self._digests[name].update(data)
+    def _split_table(self) -> pd.DataFrame:
+        offsets, end = {}, 0
+        for path, stored in self.stored.items():
+            offsets[path] = end
+            end += stored.height * stored.width * 3
+        if offsets.keys() != self._labels.keys():
+            raise BundleError(f"{self.path}: {len(offsets)} images are stored, but {len(self._labels)} have a label")
+        rows = [
+            (path, class_id, role, offsets[path], self.stored[path].height, self.stored[path].width)
+            for path, (class_id, role) in self._labels.items()
+        ]
+        split = pd.DataFrame(rows, columns=["path", "class_id", "role", "offset", "height", "width"])
+        split["sha256"] = [self.stored[path].sha256 for path in self._labels]
+        return split.astype({"class_id": np.int64, "offset": np.int64, "height": np.int32, "width": np.int32})
 
     def _check(self, split: pd.DataFrame, classes: pd.DataFrame) -> None:
         if split.empty:
@@ -235,25 +338,14 @@ class BundleWriter:
         if not split["class_id"].between(0, len(classes) - 1).all():
             raise BundleError(f"{self.path}: class ids must lie in 0..{len(classes) - 1}")
 
-    def _sha256(self, split: pd.DataFrame, classes: pd.DataFrame, extra_files: Mapping[str, str]) -> str:
-        """Hash of the content (pixels and values, not parquet's bytes, which differ between versions)."""
-        total = hashlib.sha256()
-        for name, digest in self._digests.items():
-            total.update(f"{name} {digest.hexdigest()}\n".encode())
-        for table in (split, classes):
-            for column, values in table.items():
-                numbers = pd.api.types.is_numeric_dtype(values)
-                total.update(f"{column}\n".encode())
-                total.update(_little_endian(values.to_numpy()) if numbers else json.dumps(list(values)).encode())
-        for name in sorted(extra_files):
-            total.update(f"{name}\n{extra_files[name]}".encode())
-        return total.hexdigest()
-
     def _publish(self) -> None:
+        self._store.sync()
+        (self._folder / JOURNAL).unlink()
         if not self.path.exists():
             os.replace(self._folder, self.path)
             return
         old = self._folder.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed just here
         os.replace(self.path, old)
         os.replace(self._folder, self.path)
         shutil.rmtree(old)
@@ -263,9 +355,22 @@ def _is_bundle(path: Path) -> bool:
     return (path / "bundle.json").is_file()
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
-    # a plain view: np.memmap's own indexing is several times slower
-    return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _content_sha256(split: pd.DataFrame, classes: pd.DataFrame, extra_files: Mapping[str, str]) -> str:
+    """Hash of the content: values, not parquet's bytes, which differ between versions; pixels by their own sha256."""
+    total = hashlib.sha256()
+    for table in (split.drop(columns="offset"), classes):
+        for column, values in table.items():
+            numbers = pd.api.types.is_numeric_dtype(values)
+            total.update(f"{column}\n".encode())
+            total.update(_little_endian(values.to_numpy()) if numbers else json.dumps(list(values)).encode())
+    for name in sorted(extra_files):
+        total.update(f"{name}\n{extra_files[name]}".encode())
+    return total.hexdigest()
 
 
 def _little_endian(values: NDArray[Any]) -> bytes:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from svip.config import DataConfig
@@ -27,6 +28,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What photos come in; Pillow's other readers start programs or are hardly ever used."""
 MOST_PIXELS, LONGEST = 80_000_000, 20
 """Largest photo that is decoded, and its longest side over its shortest: a few bytes can claim any size."""
+DECODER = f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+"""What decoded pixels depend on besides the photo and the size; not on the machine."""
 
 
 class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
@@ -65,12 +68,17 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
             image = image[:, ::-1]
         # numpy copies into this order seven times faster than torch, and a copy it must be: the store is read-only
         pixels = np.array(image.transpose(2, 0, 1), order="C")  # [3, S, S]
+        self.bundle.release(row)
         return torch.from_numpy(pixels), int(self.class_ids[position]), row
 
 
 def decode(file: Path | BinaryIO, store_size: int) -> NDArray[np.uint8]:
     """Upright RGB pixels of an encoded photo, uint8 [H, W, 3], the shorter side ``store_size`` (0: original size)."""
-    with Image.open(file, formats=FORMATS) as photo:
+    try:
+        photo = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"expected a photo as {', '.join(FORMATS)}, whole and not empty") from None
+    with photo:
         return upright(photo, store_size)
 
 
@@ -81,11 +89,11 @@ def upright(photo: Image.Image, store_size: int) -> NDArray[np.uint8]:
             f"{photo.width} x {photo.height} pixels: expected at most {MOST_PIXELS // 10**6} megapixels, and no side "
             f"more than {LONGEST} times the other"
         )
-    pixels = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
-    if store_size == 0:
-        return pixels
-    height, width = pixels.shape[:2]
-    return resize(pixels, *short_side(height, width, store_size))
+    photo = ImageOps.exif_transpose(photo).convert("RGB")
+    if store_size:
+        height, width = short_side(photo.height, photo.width, store_size)
+        photo = photo.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(photo)
 
 
 def square(image: NDArray[np.uint8], size: int, view: str) -> NDArray[np.uint8]:

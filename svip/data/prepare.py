@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
+import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from svip.config import Config, DataConfig
 from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, DataError, read_bundle
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
-from svip.data.images import decode
+from svip.data.images import DECODER, FORMATS, decode, short_side
 from svip.data.splits import Listing, Split, make_split, read_listing
+from svip.data.store import pixel_sha256
 
 log = logging.getLogger(__name__)
 
 SETTINGS = ("dataset", "split", "fold", "val_seen_fraction", "store_size", "allow_missing", "seed")
 """Fields of DataConfig that shape the bundle of a real data set."""
-CHUNK = 256
-"""Photos decoded ahead of the writer; bounds the memory of packing."""
+AHEAD = 8
+"""Photos a core decodes ahead of the writer; bounds the memory of packing."""
+SAMPLE = 100
+"""Photos whose size is looked at to estimate the size of the bundle."""
+
+
+class Decoded(NamedTuple):
+    """A photo's pixels, uint8 [H, W, 3], their pixel_sha256, and the sha256 of its file."""
+
+    pixels: NDArray[np.uint8]
+    sha256: str
+    photo_sha256: str
 
 
 def prepare_data(config: Config, out: Path) -> Bundle:
     """Make the split bundle that ``config.data`` describes in the folder ``out``, and open it.
 
-    Nothing is done when ``out`` already holds it (same settings, same listing, same photos by path and size).
+    Nothing is done when ``out`` already holds it: same settings, same listing, same photos by path and size (their
+    content, which bundle.json has a hash of, is not read again). An interrupted call is taken up where it was.
     DataError for archives that are incomplete or not the original ones, and for unreadable photos (all are named).
     """
     data = config.data
@@ -63,36 +79,75 @@ def prepare_data(config: Config, out: Path) -> Bundle:
 
 
 def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out: Path) -> Bundle:
-    """Decode the split's photos below the folder ``photos`` and write the bundle; DataError names unreadable ones."""
+    """Decode the split's photos below the folder ``photos`` and write the bundle.
+
+    DataError names unreadable photos; the others stay packed in the work folder, as after an interrupt.
+    """
     table = split.images
-    files = [photos / path for path in table["path"]]
-    unreadable = []
-    with BundleWriter(out) as writer:
+    origins = {path: [DECODER, data.store_size, (photos / path).stat().st_size] for path in table["path"]}
+    with BundleWriter(out, origins) as writer:
+        paths = [path for path in table["path"] if path not in writer.stored]
+        files = [photos / path for path in paths]
+        _check_space(files, data.store_size, writer.path)
         decoded = decode_all(files, data.store_size)
-        progress = tqdm(decoded, total=len(files), desc="packing", unit="photo")
-        for row, image in zip(table.itertuples(index=False), progress, strict=True):
-            if isinstance(image, str):
-                unreadable.append(f"{row.path} ({image})")
-            elif not unreadable:
-                writer.add(row.path, row.class_id, row.role, image)
+        progress = tqdm(decoded, initial=len(table) - len(paths), total=len(table), desc="packing", unit="photo")
+        unreadable = []
+        for path, photo in zip(paths, progress, strict=True):
+            if isinstance(photo, str):
+                unreadable.append(f"{path} ({photo})")
+            else:
+                writer.store(path, photo.pixels, sha256=photo.sha256, note=photo.photo_sha256)
         if unreadable:
             named = "".join(f"\n  {photo}" for photo in unreadable[:MISSING_NAMED])
-            raise DataError(f"{len(unreadable)} photos below {photos} can't be decoded; fetch them again:{named}")
-        return writer.finish(split.classes, info, missing=split.missing)
+            raise DataError(
+                f"{len(unreadable)} photos below {photos} can't be decoded; fetch them again (the other "
+                f"{len(writer.stored)} stay packed):{named}"
+            )
+        for row in table.itertuples(index=False):
+            writer.label(row.path, row.class_id, row.role)
+        content = _digest((path, writer.stored[path].note) for path in table["path"])
+        made = info | {"decoder": DECODER, "photo_content_sha256": content}
+        return writer.finish(split.classes, made, missing=split.missing)
 
 
-def decode_all(files: list[Path], store_size: int) -> Iterator[NDArray[np.uint8] | str]:
-    """Per photo and in order: its pixels as ``decode`` gives them, or what is wrong with it."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(files), CHUNK):  # Pillow decodes and resamples outside the GIL: threads suffice
-            yield from pool.map(lambda file: _try_decode(file, store_size), files[start : start + CHUNK])
+def decode_all(files: list[Path], store_size: int) -> Iterator[Decoded | str]:
+    """Per photo and in order: its pixels as ``decode`` gives them, or what is wrong with it. Uses all cores."""
+    cores = len(os.sched_getaffinity(0))
+    waiting: deque[Future[Decoded | str]] = deque()
+    with ThreadPoolExecutor(cores) as pool:  # Pillow decodes and resamples outside the GIL: threads suffice
+        for file in files:
+            waiting.append(pool.submit(_try_decode, file, store_size))
+            if len(waiting) > AHEAD * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _try_decode(file: Path, store_size: int) -> NDArray[np.uint8] | str:
+def _try_decode(file: Path, store_size: int) -> Decoded | str:
     try:
-        return decode(file, store_size)
+        content = file.read_bytes()
+        pixels = decode(io.BytesIO(content), store_size)
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error ...
         return str(error) or type(error).__name__
+    return Decoded(pixels, pixel_sha256(pixels), hashlib.sha256(content).hexdigest())
+
+
+def _check_space(files: list[Path], store_size: int, out: Path) -> None:
+    """DataError when the photos, to judge by some of them, need more than the disk has left."""
+    sizes = []
+    for file in files[:: max(1, len(files) // SAMPLE)]:
+        try:
+            with Image.open(file, formats=FORMATS) as photo:
+                shape = short_side(photo.height, photo.width, store_size) if store_size else photo.size
+        except Exception:  # named when all are decoded
+            continue
+        sizes.append(3 * shape[0] * shape[1])
+    needed, free = len(files) * float(np.mean(sizes or [0])), shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise DataError(
+            f"{out}: {len(files)} photos take about {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; "
+            "make room, give another output folder, or choose a smaller data.store_size"
+        )
 
 
 def _file_size(file: Path) -> int:

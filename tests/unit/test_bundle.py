@@ -152,7 +152,7 @@ def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
         read_bundle(path)
     info = json.loads((path / "bundle.json").read_text())
     (path / "bundle.json").write_text(json.dumps({**info, "format": 99}))
-    with pytest.raises(BundleError, match="expected format 1, found 99"):
+    with pytest.raises(BundleError, match="expected format 2, found 99"):
         read_bundle(path)
     (path / "bundle.json").write_text("{")
     with pytest.raises(BundleError, match="not valid JSON"):

@@ -255,7 +255,7 @@ def test_unreadable_images_are_all_named_before_anything_is_computed(
         predictor(photos[0], *bad)
     first, *lines = str(error.value).splitlines()
     assert first == "4 of 5 images can't be read:"
-    assert f"{tmp_path / 'text.jpg'} (cannot identify image file" in lines[0]
+    assert f"{tmp_path / 'text.jpg'} (expected a photo as JPEG" in lines[0]
     assert f"{tmp_path / 'cut.jpg'} (image file is truncated" in lines[1]
     assert lines[2] == f"  {tmp_path / 'none.jpg'} (No such file or directory)"
     assert lines[3] == "  image 5 (expected RGB pixels uint8 [H, W, 3], found uint8 [8, 8])"
