@@ -50,7 +50,7 @@ class Store:
         self.images: dict[str, Stored] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._opened = ExitStack()
-        self._journal = self._opened.enter_context(open(folder / JOURNAL, "a+", encoding="utf-8", buffering=1))
+        self._journal = self._opened.enter_context(open(folder / JOURNAL, "a+", encoding="utf-8", buffering=1))  # noqa: SIM115
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._journal.fileno()), os.stat(folder / JOURNAL)):
@@ -85,7 +85,7 @@ class Store:
 
     def _write(self, name: str, array: NDArray[np.uint8]) -> None:
         if name not in self._files:
-            self._files[name] = self._opened.enter_context(open(self.folder / name, "ab", buffering=0))
+            self._files[name] = self._opened.enter_context(open(self.folder / name, "ab", buffering=0))  # noqa: SIM115
         content = np.ascontiguousarray(array).reshape(-1).data
         while content:  # of a disk that is getting full, only a part is accepted
             content = content[self._files[name].write(content) :]
