@@ -128,7 +128,7 @@ def train(
             for name in ("config.yaml", "model.json", "history.json"):
                 tracker.log_artifact(directory / name)
             if log_model:
-                tracking.log_checkpoint_model(tracker, directory)
+                log.info("model in MLflow: %s", tracking.log_checkpoint_model(tracker, directory) or "none")
             logged.write_text(tracker.run_id)
         validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
         return {"run_id": tracker.run_id, **validation}
