@@ -18,8 +18,10 @@ import torch
 
 from svip import sweep, tracking
 from svip.config import Config, flatten, load_config, variant
-from svip.data.bundle import read_bundle
 from svip.data.prepare import prepare_data as make_bundle
+from svip.data.remote import cached_bundle, open_bundle
+from svip.data.remote import push_bundle as upload
+from svip.data.sources import is_remote
 from svip.evaluation import comparison
 from svip.evaluation.evaluate import check_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
@@ -45,16 +47,28 @@ def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
 
 
 def prepare_data(out: str, preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Make the split bundle in ``out``; the content of its bundle.json."""
-    bundle = make_bundle(load_config(preset, overrides), Path(out))
+    """Make the split bundle in ``out``; the content of its bundle.json.
+
+    ``out``: a folder, or s3://bucket/prefix, for which the bundle is made in the cache of this machine and uploaded.
+    """
+    bundle = make_bundle(load_config(preset, overrides), cached_bundle(out) if is_remote(out) else Path(out))
+    if is_remote(out):
+        upload(bundle, out)
     log.info("bundle %s: %s", bundle.sha256[:12], _sentence(bundle.info["counts"]["images"]))
     return dict(bundle.info)
+
+
+def push_bundle(bundle: str, to: str) -> str:
+    """Upload a bundle to s3://bucket/prefix, from where every step takes it; its sha256."""
+    data = open_bundle(bundle)
+    upload(data, to)
+    return data.sha256
 
 
 def embed_attributes(bundle: str, out: str, preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Look up the attributes' word vectors and write vectors.npy [A, V] and report.json to ``out``; the report."""
     config = load_config(preset, overrides)
-    data = read_bundle(Path(bundle))
+    data = open_bundle(bundle)
     names = data.attribute_names
     vectors = Path(config.semantics.vectors) if config.semantics.vectors else data.path / "word_vectors.txt"
     if config.semantics.vectors is None and not vectors.exists():
@@ -89,7 +103,7 @@ def train(
     model in MLflow too. The run id, and T1, U, S, H on the validation classes where they were used.
     """
     config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
-    data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
+    data, embedding, directory = open_bundle(bundle), read_embedding(Path(vectors)), Path(out)
     made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
     for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
         if getattr(config.data, name) != made_with[name]:
@@ -149,7 +163,7 @@ def import_checkpoint(
     model = SVIP(dataclasses.replace(config.model, weights="none"), config.data.image_size, torch.from_numpy(words))
     info: dict[str, Any] = dict.fromkeys(("epochs", "gamma", "validation", "bundle_sha256", "device", "seconds"))
     info["attributes"] = len(words)
-    data = read_bundle(Path(bundle)) if bundle else None
+    data = open_bundle(bundle) if bundle else None
     if data:
         check_bundle(Path(file), config, info, data)
         info["bundle_sha256"] = data.sha256
@@ -179,7 +193,7 @@ def evaluate(
     ``overrides`` may change what is evaluated (``evaluation.*``) and where. The parent run gets the numbers too, unless
     this is one of many (``run``, as in ``train``).
     """
-    data = read_bundle(Path(bundle))
+    data = open_bundle(bundle)
     config = read_config(Path(checkpoint), overrides)
     tags = {"bundle_sha256": data.sha256, "step": "evaluate", **_named(config, run)}
     with tracking.open_tracker(
@@ -299,7 +313,7 @@ def ablate_table(
 
 def report(evaluation: str, checkpoint: str, bundle: str, out: str, parent_run_id: str = "") -> str:
     """Write report.html and results.md to ``out``; the page's path."""
-    data = read_bundle(Path(bundle))
+    data = open_bundle(bundle)
     lineage = {"git sha": tracking.git_sha(), "MLflow run": parent_run_id or "-"}
     page = make_report(Path(evaluation), Path(checkpoint), data, Path(out), lineage)
     if parent_run_id:
@@ -314,7 +328,7 @@ def figures(
 
     ``baseline``: a checkpoint to stand beside it. ``images``: how many of them figures 5 and 6 show.
     """
-    data = read_bundle(Path(bundle))
+    data = open_bundle(bundle)
     config = read_config(Path(checkpoint))
     tags = {"bundle_sha256": data.sha256, "variant": variant(config), "step": "figures"}
     with tracking.open_tracker(
@@ -382,7 +396,7 @@ def _sweep(
     parent_run_id: str,
 ) -> str:
     """Work off a sweep under one MLflow run; ``write`` makes its table, anew after each of its runs."""
-    data, embedding, directory = read_bundle(Path(bundle)), read_embedding(Path(vectors)), Path(out)
+    data, embedding, directory = open_bundle(bundle), read_embedding(Path(vectors)), Path(out)
     runs = sweep.runs_of(variants, seeds)
     homes = sweep.homes_of(runs, preset, overrides)
     for run, (home, _) in homes.items():

@@ -1,4 +1,4 @@
-"""Commands that make the data ready: prepare-data, embed-attributes."""
+"""Commands that make the data ready: prepare-data, push-bundle, embed-attributes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from svip.cli.shared import Bundle, Out, Overrides, Preset, app, console, exampl
 
 @app.command("prepare-data", epilog=example("svip prepare-data --dataset cub --root data --out bundle"))
 def prepare_data(
-    out: Out,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write to, or s3://bucket/prefix.")],
     dataset: Annotated[
         Literal["synthetic", "cub", "awa2", "sun"] | None,
         typer.Option(
@@ -36,7 +36,7 @@ def prepare_data(
     chosen += [f"data.root={quoted(root)}"] if root else []
     chosen += ["data.allow_missing=true"] if allow_missing else []
     preset = preset or ("smoke" if dataset in (None, "synthetic") else f"paper/{dataset}")
-    info = steps.prepare_data(str(out), preset, chosen)
+    info = steps.prepare_data(out, preset, chosen)
     print(f"{info['dataset']}, {info['split']} split, fold {info['fold']}: {out}")
     table = numbers_table(["role"], ["images"])
     for role, count in info["counts"]["images"].items():
@@ -61,8 +61,18 @@ def embed_attributes(
 
     chosen = list(overrides or [])
     chosen += [f"semantics.vectors={quoted(vectors)}"] if vectors else []
-    report = steps.embed_attributes(str(bundle), str(out), preset, chosen)
+    report = steps.embed_attributes(bundle, str(out), preset, chosen)
     missing = report["missing_words"]
     print(f"{len(report['attributes'])} attribute vectors in {out}; {len(missing)} words out of vocabulary")
     for word, suggestions in missing.items():
         print(f"  {word}: nearest known {', '.join(suggestions) or 'none'}")
+
+
+@app.command("push-bundle", epilog=example("svip push-bundle --bundle bundle --to s3://team/bundles/cub"))
+def push_bundle(
+    bundle: Bundle, to: Annotated[str, typer.Option(help="Address to upload it to: s3://bucket/prefix.")]
+) -> None:
+    """Upload a split bundle, so that other machines can use its address as --bundle."""
+    from svip import steps
+
+    print(f"{to}: bundle {steps.push_bundle(bundle, to)[:12]}")

@@ -40,7 +40,7 @@ def train(
     """Choose epoch and gamma on the validation classes, then train the model to keep on trainval."""
     from svip import steps
 
-    result = steps.train(str(bundle), str(vectors), str(out), preset, overrides or [], parent_run_id, resume)
+    result = steps.train(bundle, str(vectors), str(out), preset, overrides or [], parent_run_id, resume)
     print(f"trained: {out} (MLflow run {result['run_id']})")
     reached = [f"{name.removeprefix('val/')} {value:.1f}" for name, value in result.items() if name != "run_id"]
     if reached:
@@ -60,14 +60,14 @@ def import_checkpoint(
     ],
     out: Out,
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="The only split bundle to test it on.", show_default=False)
-    ] = None,
+        str, typer.Option("--bundle", help="The only split bundle to test it on.", show_default=False)
+    ] = "",
     overrides: Overrides = None,
 ) -> None:
     """Make a checkpoint of a file that the paper's authors released; nothing of the file is run."""
     from svip import steps
 
-    arguments = (str(file), str(word_vectors), str(out), preset, overrides or [], str(bundle or ""))
+    arguments = (str(file), str(word_vectors), str(out), preset, overrides or [], bundle)
     left_over = steps.import_checkpoint(*arguments)["imported"]["left_over"]
     print(f"imported: {out}" + (f" (not used: {', '.join(left_over)})" if left_over else ""))
 
@@ -88,7 +88,7 @@ def evaluate(
     """Evaluate a checkpoint: T1, U, S, H by each protocol, beside eszsl and chance."""
     from svip import steps
 
-    print_metrics(steps.evaluate(str(checkpoint), str(bundle), str(out), parent_run_id, overrides=overrides or []))
+    print_metrics(steps.evaluate(str(checkpoint), bundle, str(out), parent_run_id, overrides=overrides or []))
     print(f"written to {out}: metrics.json, per_class.csv, curve.csv, predictions.npz")
 
 
@@ -110,7 +110,7 @@ def ablate(
     from svip import steps
 
     names = variants.split(",")
-    page = steps.ablate(str(bundle), str(vectors), str(out), preset, names, seeds, overrides or [], parent_run_id)
+    page = steps.ablate(bundle, str(vectors), str(out), preset, names, seeds, overrides or [], parent_run_id)
     print_table(Path(page))
 
 
@@ -129,7 +129,7 @@ def sensitivity(
     from svip import steps
 
     names = parameters.split(",")
-    page = steps.sensitivity(str(bundle), str(vectors), str(out), preset, names, seeds, overrides or [], parent_run_id)
+    page = steps.sensitivity(bundle, str(vectors), str(out), preset, names, seeds, overrides or [], parent_run_id)
     print_table(Path(page))
 
 
@@ -144,7 +144,7 @@ def report(
     """Make the HTML page and the Markdown table of an evaluation."""
     from svip import steps
 
-    print(f"report: {steps.report(str(evaluation), str(checkpoint), str(bundle), str(out), parent_run_id)}")
+    print(f"report: {steps.report(str(evaluation), str(checkpoint), bundle, str(out), parent_run_id)}")
 
 
 @app.command(epilog=example("svip figures --checkpoint run --bundle bundle --baseline plain"))
@@ -161,7 +161,7 @@ def figures(
     """Draw the paper's figures 3, 5, 6 and 7 for a checkpoint, and a page with their captions."""
     from svip import steps
 
-    print("\n".join(steps.figures(str(checkpoint), str(bundle), out, baseline, images, parent_run_id)))
+    print("\n".join(steps.figures(str(checkpoint), bundle, out, baseline, images, parent_run_id)))
 
 
 @app.command(epilog=example("svip predict a.jpg b.jpg --checkpoint run --classes new.csv --out why"))

@@ -33,7 +33,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the preset, such as `optim.lr=1e-5`.", show_default=False),
 ]
-Bundle = Annotated[Path, typer.Option("--bundle", help="Split bundle made by `svip prepare-data`.")]
+Bundle = Annotated[
+    str, typer.Option("--bundle", help="Split bundle made by `svip prepare-data`: a folder, or its s3:// address.")
+]
 Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Folder that `svip train` wrote.")]
 Vectors = Annotated[Path, typer.Option("--vectors", help="Folder that `svip embed-attributes` wrote.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Runs of each, with seeds 0, 1, ...")]

@@ -37,6 +37,8 @@ MISSING_NAMED = 20
 """How many missing photos bundle.json and error messages name."""
 LONGEST_SIDE = 1 << 20
 """No image is larger, in pixels."""
+MAPPED_AROUND = 1 << 16
+"""Linux maps the cached pages around the one that is read too: those of the same 64 KiB, by default."""
 NUMBERS, TEXTS = ("class_id", "offset", "height", "width"), ("path", "role", "sha256")
 """Columns of split.parquet."""
 TABLES = ("split.parquet", "classes.parquet")
@@ -109,8 +111,9 @@ class Bundle:
         A process that reads many images without it ends up with the whole store in its resident memory.
         """
         offset, height, width = self._places[row].tolist()
-        start = offset - offset % mmap.PAGESIZE
-        self._pixels.madvise(mmap.MADV_DONTNEED, start, offset + height * width * 3 - start)
+        start, end = offset // MAPPED_AROUND * MAPPED_AROUND, offset + height * width * 3
+        length = min(-(-end // MAPPED_AROUND) * MAPPED_AROUND, len(self._pixels)) - start
+        self._pixels.madvise(mmap.MADV_DONTNEED, start, length)
 
     def verify(self) -> None:
         """Read everything, and raise BundleError where it is not what bundle.json's sha256 stands for."""
@@ -151,18 +154,9 @@ def read_bundle(path: Path | str) -> Bundle:
     """Open a split bundle; BundleError when the folder is not one, or is incomplete or of another format."""
     path = Path(path).resolve()
     try:
-        info = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
+        info = parse_info((path / "bundle.json").read_bytes(), str(path / "bundle.json"))
     except FileNotFoundError:
         raise BundleError(f"{path} is not a split bundle (no bundle.json); make one with `svip prepare-data`") from None
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{path / 'bundle.json'} is not valid JSON ({error}); prepare the data again") from error
-    found = info.get("format") if isinstance(info, dict) else "no mapping"
-    if found != FORMAT:
-        raise BundleError(
-            f"{path / 'bundle.json'}: expected format {FORMAT}, found {found}; prepare the data again with this svip"
-        )
-    if not isinstance(info.get("files"), dict) or not isinstance(info.get("sha256"), str):
-        raise BundleError(f"{path / 'bundle.json'}: expected the fields files and sha256; prepare the data again")
     try:
         for name, expected in info["files"].items():
             size = (path / name).stat().st_size
@@ -175,6 +169,25 @@ def read_bundle(path: Path | str) -> Bundle:
         raise BundleError(f"{path} is not a whole split bundle ({error}); prepare the data again") from error
     _check_tables(path, split, classes)
     return Bundle(path, info, split, classes)
+
+
+def parse_info(content: bytes, source: str) -> dict[str, Any]:
+    """The content of a bundle.json, which errors call ``source``; BundleError when it is another format's or none."""
+    try:
+        info = json.loads(content)
+    except ValueError as error:
+        raise BundleError(f"{source} is not valid JSON ({error}); prepare the data again") from error
+    found = info.get("format") if isinstance(info, dict) else "no mapping"
+    if found != FORMAT:
+        raise BundleError(f"{source}: expected format {FORMAT}, found {found}; prepare the data again with this svip")
+    files = info.get("files")
+    if not isinstance(files, dict) or not all(
+        name == Path(name).name and type(size) is int for name, size in files.items()
+    ):
+        raise BundleError(f"{source}: expected the field files, with names and bytes; prepare the data again")
+    if not isinstance(info.get("sha256"), str):
+        raise BundleError(f"{source}: expected the field sha256; prepare the data again")
+    return info
 
 
 def _check_tables(path: Path, split: pd.DataFrame, classes: pd.DataFrame) -> None:
