@@ -102,6 +102,9 @@ def _tar_members(stream: _Counted, file: IO[bytes], archive: Path) -> Iterator[_
 
 def _zip_members(file: IO[bytes], archive: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(file) as opened:
+        needed, free = sum(info.file_size for info in opened.infolist()), shutil.disk_usage(archive.parent).free
+        if needed > free:
+            raise DataError(f"{archive}: {needed:,} bytes needed to unpack it, {free:,} free; make room")
         for info in opened.infolist():
             name = info.orig_filename  # zipfile cuts ``filename`` at a NUL
             kind = stat.S_IFMT(info.external_attr >> 16)

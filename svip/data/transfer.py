@@ -16,13 +16,14 @@ import random
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from svip.data.s3 import S3Source
 from svip.data.sources import CHUNK, Changed, Description, FileSource, HttpSource, Interrupted, Source, is_remote
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PIECE = 8 << 20
 """Bytes that one request asks for; a mirror's checksums are of pieces of this size."""
@@ -121,9 +123,10 @@ def download(
 ) -> Record:
     """Fetch one file from the first of its addresses that has it, going on from what an earlier call left behind.
 
-    ``room``: the disk needed, in sizes of the file: more than 1 where it is going to be unpacked. ``parts``: connections at once, where the server can do
-    ranges. A second process waits for the first. A ``target`` that is there already is checked once and then believed.
-    DataError when no address gave the expected file: each is named with what happened.
+    ``room``: the disk needed, in sizes of the file: more than 1 where it is going to be unpacked. ``parts``:
+    connections at once, where the server can do ranges. A second process waits for the first. A ``target`` that is
+    there already is checked once and then believed. DataError when no address gave the expected file: each is named
+    with what happened.
     """
     target, expected, patience = target.resolve(), expected or Expected(), patience or Patience()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +168,7 @@ def local_copy(uri: str, cache: Path | None = None) -> Path:
     target = (cache or cache_folder()) / hashlib.sha256(uri.encode()).hexdigest()[:12] / name
     record = Record.read(target) if target.exists() else None
     try:
-        found = _describe(source, Patience())
+        found = _patiently(source.describe, Patience())
     except DataError as error:
         if record is None:
             raise
@@ -184,6 +187,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SVIP_CACHE") or Path.home() / ".cache" / "svip")
 
 
+def read_bytes(address: str) -> bytes:
+    """The whole content of a small file at an address; DataError when it can't be had."""
+    source = open_source(address)
+    return _patiently(lambda: b"".join(source.read(0, None, source.describe())), Patience())
+
+
 def piece_digests(path: Path) -> list[str]:
     """sha256 of each PIECE of a file."""
     with open(path, "rb") as file:
@@ -200,7 +209,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """One process at a time works on ``target``; the others wait, and say so."""
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    lock = FileLock(target.resolve().with_name(f".{target.name}.lock"), is_singleton=True)  # may be taken twice
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -212,23 +221,23 @@ def locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _describe(source: Source, patience: Patience) -> Description:
+def _patiently(action: Callable[[], T], patience: Patience) -> T:
     failures = 0
     while True:
         try:
-            return source.describe()
+            return action()
         except Interrupted as error:
             failures += 1
             if failures == patience.probes:
                 raise
-            threading.Event().wait(patience.pause(failures, error.wait))
+            time.sleep(patience.pause(failures, error.wait))
 
 
 def _fetch(
     source: Source, part: _Part, expected: Expected, room: float, parts: int, patience: Patience, renewals: int = 3
 ) -> Record:
     """From one address to the final name; DataError where this address does not give the expected file."""
-    found = _describe(source, patience)
+    found = _patiently(source.describe, patience)
     if found.size is not None and expected.size not in (None, found.size):
         raise DataError(f"{source.address}: has {found.size:,} bytes, expected {expected.size:,}: another file")
     part.begin(source.address, found)
