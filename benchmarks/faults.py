@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,11 +32,11 @@ class Faults:
     stall: float = 0.0
     """Nothing more comes from a random byte on, though the connection stays open."""
     wrong_range: float = 0.0
-    """Content-Range and body are those of another range."""
+    """Content-Range is that of another range."""
     other_bytes: float = 0.0
-    """The right Content-Range over the bytes of another range."""
+    """The right Content-Range over bytes that are all others."""
     ignore_range: float = 0.0
-    """200 and the whole file."""
+    """200 and the whole file (of a server behind, whose signatures cover the request: 200 and no Content-Range)."""
     wrong_byte: float = 0.0
     """One byte is another."""
 
@@ -107,16 +108,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse()
             return
         asked = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
-        span = self._span()
-        shift = -1 if span and span[0] else 1
-        if fault in ("wrong_range", "other_bytes") and span:
-            asked["Range"] = f"bytes={span[0] + shift}-{span[1] + shift}"
-        if fault == "ignore_range":
+        if fault == "ignore_range" and isinstance(self.server.behind, Path):
             asked.pop("Range", None)
         status, headers, body, length = self._answer(asked)
-        if fault == "other_bytes" and span and status == 206:
-            size = headers["Content-Range"].rpartition("/")[2]
-            headers["Content-Range"] = f"bytes {span[0]}-{span[1]}/{size}"
+        if fault == "ignore_range" and status == 206:
+            status = 200
+            headers.pop("Content-Range")
+        if fault == "wrong_range" and status == 206:
+            first, last, size = re.findall(r"\d+", headers["Content-Range"])
+            headers["Content-Range"] = f"bytes {int(first) + 1}-{int(last) + 1}/{size}"
         self._send(status, headers, body, length, fault if length > SMALL else "", int(place * length))
 
     do_HEAD = do_GET
@@ -148,10 +148,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.send_header("Connection", "close")
         self.end_headers()
-
-    def _span(self) -> tuple[int, int] | None:
-        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
-        return (int(first), int(last)) if first and last else None
 
     def _answer(self, asked: dict[str, str]) -> tuple[int, dict[str, str], Iterator[bytes], int]:
         return self._pass_on(asked, b"") if isinstance(self.server.behind, str) else self._file(asked)
@@ -200,6 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "wrong_byte" and done <= place < done + len(block):
                 at = place - done
                 block = block[:at] + bytes([block[at] ^ 1]) + block[at + 1 :]
+            if fault == "other_bytes":
+                block = bytes(byte ^ 1 for byte in block)
             if fault in ("cut", "stall") and done + len(block) > place:
                 block = block[: place - done]
             self.wfile.write(block)

@@ -38,7 +38,8 @@ def s3_server(folder: Path) -> Iterator[str]:
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
     options = [f"-{name}={port}" for name, port in zip((*names, "s3.port", "s3.port.grpc"), ports, strict=True)]
     command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", *options]
-    command += [f"-s3.config={folder / 'users.json'}", "-master.volumeSizeLimitMB=256", "-master.telemetry=false"]
+    command += [f"-s3.config={folder / 'users.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=100"]
+    command += ["-master.telemetry=false", "-s3.autoCreateBucket=false"]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{ports[-2]}"

@@ -19,7 +19,7 @@ import urllib3
 
 from svip.data.bundle import DataError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Bytes that a source hands out at a time, at most."""
 CONNECT, STALL = 10.0, 30.0
 """Seconds to wait for a connection, and for the next bytes of an answer."""
