@@ -28,6 +28,9 @@ class DataConfig:
     """Which data set: synthetic, cub, awa2 or sun."""
     root: str | None = None
     """Folder that holds the original archives' content and xlsa17; not used by synthetic."""
+    mirror: str | None = None
+    """Where prepare_data fetches what is missing below ``root``: ``web`` for the owners' addresses, or the s3://
+    address, URL or folder of `svip mirror`. Empty: everything must be there."""
     split: str = "standard"
     """standard: the Proposed Split. development: a whole zero-shot problem inside the trainval classes (train classes
     of the fold are seen, its validation classes play the unseen ones), so that the real test photos stay untouched."""

@@ -1,15 +1,73 @@
-"""Commands that make the data ready: prepare-data, push-bundle, embed-attributes."""
+"""Commands that make the data ready: fetch, mirror, prepare-data, push-bundle, embed-attributes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from svip.cli.shared import Bundle, Out, Overrides, Preset, app, console, example, numbers_table, quoted
 
+Package = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="cub, awa2, sun, apy; all; xlsa17; glove.6B, glove.840B.", show_default=False),
+]
+FetchRoot = Annotated[Path, typer.Option("--root", help="Folder for the archives and what they hold.")]
 
-@app.command("prepare-data", epilog=example("svip prepare-data --dataset cub --root data --out bundle"))
+
+@app.command(
+    "fetch",
+    epilog=example(
+        "svip fetch cub --root data",
+        "svip fetch all --root data --mirror s3://team/zsl",
+        "svip fetch glove.6B --root data --discard-archives",
+    ),
+)
+def fetch(
+    name: Package,
+    root: FetchRoot,
+    mirror: Annotated[
+        str, typer.Option(help="web: the owners' addresses; or an s3:// address, URL or folder of `svip mirror`.")
+    ] = "web",
+    discard_archives: Annotated[
+        bool, typer.Option("--discard-archives", help="Remove each archive once it is unpacked.")
+    ] = False,
+) -> None:
+    """Download, check and unpack a data set or word vectors; what was interrupted goes on where it was."""
+    from svip.data import fetch as fetching  # not by svip.steps, which loads PyTorch first
+
+    table = numbers_table(["archive", "unpacked to", "sha256"], ["bytes"])
+    for there in fetching.fetch(name, root, mirror, discard_archives=discard_archives):
+        known = there.record
+        place = str(root / there.archive.folder) if there.archive.holds else str(root / "archives")
+        table.add_row(
+            there.archive.name, place, known.sha256[:12] if known else "not checked", f"{known.size:,}" if known else ""
+        )
+    console.print(table)
+
+
+@app.command("mirror", epilog=example("svip mirror cub --root data --to s3://team/zsl"))
+def mirror(
+    name: Package,
+    to: Annotated[str, typer.Option(help="s3://bucket/prefix or a folder.")],
+    root: FetchRoot,
+) -> None:
+    """Copy fetched archives, with their checksums, to a bucket or folder, so that a team downloads once."""
+    from svip.data import fetch as fetching
+
+    copied = fetching.mirror(name, root, to)
+    print(f"copied to {to}: {', '.join(copied) or 'nothing, all of it is there'}")
+    print(f"fetch from there: svip fetch {name} --root DIR --mirror {to}")
+
+
+@app.command(
+    "prepare-data",
+    epilog=example(
+        "svip prepare-data --dataset cub --root data --out bundle",
+        "svip prepare-data --dataset cub --root data --mirror web --out bundle",
+    ),
+)
 def prepare_data(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write to, or s3://bucket/prefix.")],
     dataset: Annotated[
@@ -19,6 +77,12 @@ def prepare_data(
         ),
     ] = None,
     root: Annotated[str, typer.Option(help="Folder that holds the archives' content and xlsa17.")] = "",
+    mirror: Annotated[
+        str,
+        typer.Option(
+            help="Fetch what is missing below the root: web, or a mirror (see `svip fetch --help`).", show_default=False
+        ),
+    ] = "",
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing photos.")] = False,
     preset: Annotated[
         str,
@@ -34,6 +98,7 @@ def prepare_data(
     chosen = list(overrides or [])
     chosen += [f"data.dataset={dataset}"] if dataset else []
     chosen += [f"data.root={quoted(root)}"] if root else []
+    chosen += [f"data.mirror={quoted(mirror)}"] if mirror else []
     chosen += ["data.allow_missing=true"] if allow_missing else []
     preset = preset or ("smoke" if dataset in (None, "synthetic") else f"paper/{dataset}")
     info = steps.prepare_data(out, preset, chosen)

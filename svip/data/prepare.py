@@ -22,6 +22,7 @@ from tqdm import tqdm
 from svip.config import Config, DataConfig
 from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, DataError, read_bundle
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
+from svip.data.fetch import fetch
 from svip.data.images import DECODER, FORMATS, decode, short_side
 from svip.data.splits import Listing, Split, make_split, read_listing
 from svip.data.store import pixel_sha256
@@ -59,6 +60,8 @@ def prepare_data(config: Config, out: Path) -> Bundle:
     if data.root is None:
         raise DataError(f"data.root is not set; give the folder that holds the archives of {data.dataset} (--root)")
     spec, root = CATALOG[data.dataset], Path(data.root)
+    if data.mirror:
+        fetch(data.dataset, root, data.mirror)
     listing = read_listing(spec, xlsa17_folder(spec, root), attribute_file(spec, root))
     photos = photo_folder(spec, root)
     sizes = np.array([_file_size(photos / path) for path in listing.images["path"]])

@@ -23,25 +23,26 @@ NOT_THERE = {"404", "NoSuchKey", "NotFound"}
 
 
 @functools.cache
-def client() -> BaseClient:
-    """The client of this process; DataError where the settings of AWS are faulty."""
+def client(attempts: int = 6) -> BaseClient:
+    """The client of this process that tries so often by itself; DataError where the settings of AWS are faulty."""
     import boto3  # takes a quarter of a second, which only those who use S3 should wait for
     from botocore.config import Config
 
     config = Config(
         connect_timeout=CONNECT,
         read_timeout=STALL,
-        retries={"mode": "standard", "total_max_attempts": 5},
+        retries={"mode": "standard", "total_max_attempts": attempts},
         max_pool_connections=16,
         # the newer checksums are unknown to many servers that are not Amazon's
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
     with translated("S3"):
-        made = boto3.client("s3", config=config)
+        session = boto3.Session()
+        made = session.client("s3", config=config)
         if not (urlsplit(made.meta.endpoint_url).hostname or "").endswith("amazonaws.com"):
             # bucket.host names exist on few servers of one's own
-            made = boto3.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
+            made = session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
     return made
 
 
@@ -54,7 +55,7 @@ def split_address(address: str) -> tuple[str, str]:
 
 
 class S3Source:
-    """An object; see ``sources.Source``."""
+    """An object; see ``sources.Source``. Who reads it has the patience, so each request is made but once."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -62,7 +63,7 @@ class S3Source:
 
     def describe(self) -> Description:
         with translated(self.address):
-            head = client().head_object(Bucket=self._bucket, Key=self._key)
+            head = client(1).head_object(Bucket=self._bucket, Key=self._key)
         return Description(int(head["ContentLength"]), head.get("ETag"), ranges=True)
 
     def read(self, start: int, stop: int | None, of: Description) -> Iterator[bytes]:
@@ -71,7 +72,7 @@ class S3Source:
         if start == stop:
             return
         with translated(self.address):
-            answer = client().get_object(
+            answer = client(1).get_object(
                 Bucket=self._bucket,
                 Key=self._key,
                 Range=f"bytes={start}-{stop - 1}",

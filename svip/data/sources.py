@@ -7,7 +7,6 @@ was asked for or an error: Interrupted (try again), Changed (start anew), or a p
 from __future__ import annotations
 
 import email.utils
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import urllib3
 
 from svip.data.bundle import DataError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Bytes that a source hands out at a time, at most."""
 CONNECT, STALL = 10.0, 30.0
 """Seconds to wait for a connection, and for the next bytes of an answer."""
@@ -106,6 +105,7 @@ class HttpSource:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._session = requests.Session()  # keeps connections open between pieces
         parts = urlsplit(url)
         self.address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -153,7 +153,7 @@ class HttpSource:
         try:
             # identity: a compressed answer has neither the ranges nor the length of the file
             headers = {"Accept-Encoding": "identity", **headers}
-            answer = requests.get(self._url, headers=headers, stream=True, timeout=(CONNECT, STALL))
+            answer = self._session.get(self._url, headers=headers, stream=True, timeout=(CONNECT, STALL))
         except requests.RequestException as error:
             raise Interrupted(f"{self.address}: {_plain(error)}") from None  # its own text holds the query
         status = answer.status_code
@@ -205,11 +205,3 @@ def _plain(error: Exception) -> str:
     if "refused" in text:
         return "the connection was refused"
     return f"the connection failed or was cut ({type(error).__name__})"
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free for this user on the file system of ``folder``, or of the first of its parents that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize
