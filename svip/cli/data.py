@@ -1,41 +1,88 @@
-"""Commands that make the data ready: prepare-data, embed-attributes."""
+"""Commands that make the data ready: datasets, prepare-data, embed-attributes."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
 from svip.cli.shared import Bundle, Out, Overrides, Preset, app, console, example, numbers_table, quoted
 
 
+@app.command(epilog=example("svip datasets --root data"))
+def datasets(
+    root: Annotated[Path, typer.Option(help="Folder to look into for what is there already.")] = Path("data"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the data sets and word vectors that can be fetched, and what of them is there."""
+    from svip.data.inventory import inventory
+
+    packages = inventory(root)
+    if as_json:
+        print(json.dumps(packages, indent=2))
+        return
+    sets = numbers_table(["data set"], ["images", "seen + unseen classes", "attributes"])
+    sets.add_column(f"under {root}")
+    archives = numbers_table(["archive"], ["size"])
+    for column in ("of", "licence", f"under {root}"):
+        archives.add_column(column)
+    named: set[str] = set()
+    for package in packages:
+        if "images" in package:
+            seen = f"{package['seen_classes']} + {package['unseen_classes']}"
+            sets.add_row(package["name"], f"{package['images']:,}", seen, str(package["attributes"]), _found(package))
+        for archive in package["archives"]:
+            if len(package["archives"]) > 1 and archive["name"] == "xlsa17.zip":
+                continue  # of all data sets, and a package of its own
+            licence = "" if package["name"] in named else package["licence"]
+            state = package["here"]["archives"][archive["name"]]
+            archives.add_row(archive["name"], _gigabytes(archive["size"]), package["name"], licence, state)
+            named.add(package["name"])
+    console.print(sets, archives)
+    print(f"`svip fetch NAME --root {root}` gets what is missing; --json has addresses and citations")
+
+
 @app.command("prepare-data", epilog=example("svip prepare-data --dataset cub --root data --out bundle"))
 def prepare_data(
     out: Out,
     dataset: Annotated[
-        Literal["synthetic", "cub", "awa2", "sun"] | None,
+        Literal["synthetic", "cub", "awa2", "sun", "apy", "custom"] | None,
         typer.Option(
-            metavar="<name>", help="synthetic, cub, awa2 or sun; without it the preset's.", show_default=False
+            metavar="<name>",
+            help="synthetic, cub, awa2, sun, apy or custom (your own: docs/own-data.md); without it the preset's.",
+            show_default=False,
         ),
     ] = None,
     root: Annotated[str, typer.Option(help="Folder that holds the archives' content and xlsa17.")] = "",
+    images: Annotated[str, typer.Option(help="custom: table of the images (CSV or Parquet).")] = "",
+    attributes: Annotated[str, typer.Option(help="custom: table of the classes and their attributes.")] = "",
+    like: Annotated[
+        Literal["cub", "awa2", "sun"] | None,
+        typer.Option(metavar="<name>", help="synthetic: as large as cub, awa2 or sun, for load tests."),
+    ] = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing photos.")] = False,
     preset: Annotated[
         str,
         typer.Option(
-            "--preset", "-p", help="A shipped preset or a YAML file.", show_default="paper/DATASET; synthetic: smoke"
+            "--preset",
+            "-p",
+            help="A shipped preset or a YAML file.",
+            show_default="paper/DATASET; apy, custom: paper/cub",
         ),
     ] = "",
     overrides: Overrides = None,
 ) -> None:
-    """Make a split bundle (packed images, tables, checksums) of a data set's original archives."""
+    """Make a split bundle (packed images, tables, checksums) of a data set's original archives, or of your own."""
     from svip import steps
 
     chosen = list(overrides or [])
     chosen += [f"data.dataset={dataset}"] if dataset else []
-    chosen += [f"data.root={quoted(root)}"] if root else []
+    for name, value in {"root": root, "images": images, "attributes": attributes, "like": like}.items():
+        chosen += [f"data.{name}={quoted(value)}"] if value else []
     chosen += ["data.allow_missing=true"] if allow_missing else []
-    preset = preset or ("smoke" if dataset in (None, "synthetic") else f"paper/{dataset}")
+    preset = preset or _usual_preset(dataset, like)
     info = steps.prepare_data(str(out), preset, chosen)
     print(f"{info['dataset']}, {info['split']} split, fold {info['fold']}: {out}")
     table = numbers_table(["role"], ["images"])
@@ -66,3 +113,20 @@ def embed_attributes(
     print(f"{len(report['attributes'])} attribute vectors in {out}; {len(missing)} words out of vocabulary")
     for word, suggestions in missing.items():
         print(f"  {word}: nearest known {', '.join(suggestions) or 'none'}")
+
+
+def _usual_preset(dataset: str | None, like: str | None) -> str:
+    """The paper's for the data set, or for the one of its size; CUB's for those that the paper has not."""
+    if dataset in (None, "synthetic"):
+        return f"paper/{like}" if like else "smoke"
+    return "paper/cub" if dataset in ("apy", "custom") else f"paper/{dataset}"
+
+
+def _found(package: dict[str, Any]) -> str:
+    """What of a data set is there."""
+    photos, version = package["here"]["photos"], package["here"]["proposed_split"]
+    return f"{photos:,} photos, {f'Proposed Split v{version}' if version else 'no splits'}"
+
+
+def _gigabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e9:.2f} GB"

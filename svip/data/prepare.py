@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from svip.config import Config, DataConfig
+from svip.data.apy import Box, Crop, cut
 from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, DataError, read_bundle
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
-from svip.data.images import decode
+from svip.data.custom import read_custom
+from svip.data.images import decode, resize, short_side
 from svip.data.splits import Listing, Split, make_split, read_listing
 
 log = logging.getLogger(__name__)
 
 SETTINGS = ("dataset", "split", "fold", "val_seen_fraction", "store_size", "allow_missing", "seed")
-"""Fields of DataConfig that shape the bundle of a real data set."""
+"""Fields of DataConfig that shape the bundle of any photos; of one's own, ``unseen_fraction`` does too."""
 CHUNK = 256
 """Photos decoded ahead of the writer; bounds the memory of packing."""
 
@@ -37,21 +39,22 @@ def prepare_data(config: Config, out: Path) -> Bundle:
     """
     data = config.data
     if data.dataset == "synthetic":
-        from svip.data.synthetic import write_synthetic  # not needed, and so not loaded, for real data
+        # not needed, and so not loaded, for real data
+        if data.like != "none":
+            from svip.data.scale import write_scale
+
+            return write_scale(data, out)
+        from svip.data.synthetic import write_synthetic
 
         return write_synthetic(data, out)
-    if data.root is None:
-        raise DataError(f"data.root is not set; give the folder that holds the archives of {data.dataset} (--root)")
-    spec, root = CATALOG[data.dataset], Path(data.root)
-    listing = read_listing(spec, xlsa17_folder(spec, root), attribute_file(spec, root))
-    photos = photo_folder(spec, root)
-    sizes = np.array([_file_size(photos / path) for path in listing.images["path"]])
+    listing, photos = read_custom(data) if data.dataset == "custom" else _read_archives(data)
+    sizes = np.array([_file_size(photos / listing.photo(path)) for path in listing.images["path"]])
     split = make_split(listing, data, sizes >= 0)
     info = {
         "dataset": data.dataset,
         "split": data.split,
         "fold": data.fold,
-        "settings": {name: value for name, value in asdict(data).items() if name in SETTINGS},
+        "settings": {name: value for name, value in asdict(data).items() if name in _settings(data)},
         "source": _source(listing, sizes),
         "dropped_classes": split.dropped_classes,
     }
@@ -62,13 +65,27 @@ def prepare_data(config: Config, out: Path) -> Bundle:
     return pack(split, photos, data, info, out)
 
 
+def _read_archives(data: DataConfig) -> tuple[Listing, Path]:
+    """What xlsa17 says of a real data set, and the folder below which its photos lie."""
+    if data.root is None:
+        raise DataError(f"data.root is not set; give the folder that holds the archives of {data.dataset} (--root)")
+    spec, root = CATALOG[data.dataset], Path(data.root)
+    listing = read_listing(spec, xlsa17_folder(spec, root), attribute_file(spec, root))
+    return listing, photo_folder(spec, root)
+
+
+def _settings(data: DataConfig) -> tuple[str, ...]:
+    return (*SETTINGS, "unseen_fraction") if data.dataset == "custom" else SETTINGS
+
+
 def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out: Path) -> Bundle:
     """Decode the split's photos below the folder ``photos`` and write the bundle; DataError names unreadable ones."""
     table = split.images
-    files = [photos / path for path in table["path"]]
+    crops = [split.crops.get(path, Crop(path)) for path in table["path"]]
+    files = [photos / crop.photo for crop in crops]
     unreadable = []
     with BundleWriter(out) as writer:
-        decoded = decode_all(files, data.store_size)
+        decoded = decode_all(files, data.store_size, [crop.box for crop in crops])
         progress = tqdm(decoded, total=len(files), desc="packing", unit="photo")
         for row, image in zip(table.itertuples(index=False), progress, strict=True):
             if isinstance(image, str):
@@ -81,16 +98,23 @@ def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out
         return writer.finish(split.classes, info, missing=split.missing)
 
 
-def decode_all(files: list[Path], store_size: int) -> Iterator[NDArray[np.uint8] | str]:
-    """Per photo and in order: its pixels as ``decode`` gives them, or what is wrong with it."""
+def decode_all(
+    files: list[Path], store_size: int, boxes: Sequence[Box | None] | None = None
+) -> Iterator[NDArray[np.uint8] | str]:
+    """Per photo and in order: its pixels as ``decode`` gives them, or the part in its box; or what is wrong with it."""
+    boxes = boxes or [None] * len(files)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), CHUNK):  # Pillow decodes and resamples outside the GIL: threads suffice
-            yield from pool.map(lambda file: _try_decode(file, store_size), files[start : start + CHUNK])
+            chunk = slice(start, start + CHUNK)
+            yield from pool.map(lambda file, box: _try_decode(file, store_size, box), files[chunk], boxes[chunk])
 
 
-def _try_decode(file: Path, store_size: int) -> NDArray[np.uint8] | str:
+def _try_decode(file: Path, store_size: int, box: Box | None = None) -> NDArray[np.uint8] | str:
     try:
-        return decode(file, store_size)
+        if box is None:
+            return decode(file, store_size)
+        part = cut(decode(file, 0), box)
+        return resize(part, *short_side(*part.shape[:2], store_size)) if store_size else part
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error ...
         return str(error) or type(error).__name__
 
@@ -109,10 +133,11 @@ def _source(listing: Listing, sizes: NDArray[np.int64]) -> dict[str, Any]:
     listed = zip(images["path"], images["class_id"], images["part"], strict=True)
     classes = zip(listing.class_names, listing.attributes.tolist(), strict=True)
     photos = zip(images["path"], sizes.tolist(), strict=True)
+    crops = listing.crops.items()
     return {
-        "listing_sha256": _digest([*listed, *classes, listing.attribute_names, *map(_sorted_sets, folds)]),
+        "listing_sha256": _digest([*listed, *classes, listing.attribute_names, *map(_sorted_sets, folds), *crops]),
         "photos_sha256": _digest(photos),
-        "test_seen_in_train_or_val_loc": listing.leaked,
+        **listing.origin,
     }
 
 
