@@ -93,7 +93,7 @@ def _read_images(file: Path) -> pd.DataFrame:
     refuse(table.source, list(_image_problems(table)))
     frame = table.frame()
     if "role" in frame:
-        allowed = ROLES if set(frame["role"]) & set(TRAINVAL) else PARTS
+        allowed = PARTS if "trainval" in set(frame["role"]) else ROLES
         refuse(table.source, list(_unknown_values(table, "role", allowed)))
     return frame.assign(where=[where for where, _ in table.rows])
 

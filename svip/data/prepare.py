@@ -114,7 +114,8 @@ def _try_decode(file: Path, store_size: int, box: Box | None = None) -> NDArray[
         if box is None:
             return decode(file, store_size)
         part = cut(decode(file, 0), box)
-        return resize(part, *short_side(*part.shape[:2], store_size)) if store_size else part
+        height, width = part.shape[:2]
+        return resize(part, *short_side(height, width, store_size)) if store_size else part
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error ...
         return str(error) or type(error).__name__
 
