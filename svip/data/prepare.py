@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from svip.config import Config, DataConfig
+from svip.config import Config, ConfigError, DataConfig
 from svip.data.apy import Box, Crop, cut
 from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, DataError, read_bundle
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
@@ -38,6 +38,9 @@ def prepare_data(config: Config, out: Path) -> Bundle:
     DataError for archives that are incomplete or not the original ones, and for unreadable photos (all are named).
     """
     data = config.data
+    for key, dataset in {"like": "synthetic", "images": "custom", "attributes": "custom"}.items():
+        if getattr(data, key) not in (None, "none") and data.dataset != dataset:
+            raise ConfigError(f"data.{key} is for {dataset} data only, not for {data.dataset} (--dataset {dataset})")
     if data.dataset == "synthetic":
         # not needed, and so not loaded, for real data
         if data.like != "none":

@@ -59,11 +59,11 @@ def write_scale(config: DataConfig, out: Path) -> Bundle:
     if config.split != "standard":
         raise ConfigError(f"data.split={config.split!r}: synthetic data has only the standard split; use that")
     spec, size = CATALOG[config.like], config.store_size or USUAL_SIZE
-    parts, names = attribute_names(spec.attributes)
+    names = attribute_names(spec.attributes)
     class_roles = roles_of_classes(spec, config.fold)
     pictures = list(plan(spec, class_roles, config.val_seen_fraction))
     values, attributes = class_values(spec, config.seed)
-    _announce(pictures, values, parts, size, config.seed, out)
+    _announce(pictures, values, size, config.seed, out)
     with BundleWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(total=len(pictures), desc=f"drawing like {spec.name}", unit="image")
         for start in range(0, len(pictures), AHEAD):
@@ -106,21 +106,18 @@ def roles_of_classes(spec: DatasetSpec, fold: int) -> list[str]:
     return ["val_unseen" if i in val else "train" for i in range(seen)] + ["test_unseen"] * spec.unseen_classes
 
 
-def attribute_names(count: int) -> tuple[int, list[str]]:
-    """How many parts there are, and the names of all values of all parts, as many as ``count``."""
+def attribute_names(count: int) -> list[str]:
+    """The values of part after part, the last of which may have fewer."""
     words = ["".join(syllables) for syllables in product(["ba", "ko", "temi", "lu", "sa", "ri", "no", "ve"], repeat=3)]
     values, parts = words[: len(COLORS)], words[len(COLORS) :]
-    names = list(islice((f"has_{part}::{value}" for part in parts for value in values), count))
-    return -(-count // len(COLORS)), names
+    return list(islice((f"has_{part}::{value}" for part in parts for value in values), count))
 
 
 def class_values(spec: DatasetSpec, seed: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The dominant value of each part [C, P], and the class-attribute matrix [C, A]: high there and low elsewhere."""
-    parts, _ = attribute_names(spec.attributes)
     rng = np.random.default_rng([seed, spec.classes])
-    left = spec.attributes - (parts - 1) * len(COLORS)  # values of the last part
-    high = np.full(parts, len(COLORS))
-    high[-1] = left
+    parts = -(-spec.attributes // len(COLORS))
+    high = np.minimum(len(COLORS), spec.attributes - len(COLORS) * np.arange(parts))  # how many values a part has
     values = rng.integers(0, high, (spec.classes, parts))
     matrix = rng.uniform(0, 0.2, (spec.classes, parts, len(COLORS)))
     matrix += np.eye(len(COLORS))[values] * rng.uniform(0.6, 0.8, (spec.classes, parts, 1))
@@ -155,7 +152,7 @@ def word_vectors(names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _announce(pictures: list[Picture], values: NDArray[np.int64], parts: int, size: int, seed: int, out: Path) -> None:
+def _announce(pictures: list[Picture], values: NDArray[np.int64], size: int, seed: int, out: Path) -> None:
     """Log size and time, from a few pictures spread over all; DataError when the disk has no room."""
     some = pictures[:: max(len(pictures) // 16, 1)]
     start = perf_counter()

@@ -39,13 +39,12 @@ class Table:
 def read_table(path: Path) -> Table:
     """A CSV with a header, or Parquet (``.parquet``); DataError when the file is not such a table, or has no row."""
     try:
-        if path.suffix != ".parquet":
-            return parse_csv(path.read_bytes(), str(path))
-        frame = pd.read_parquet(path)
+        content = path.read_bytes()
+        frame = pd.read_parquet(io.BytesIO(content)) if path.suffix == ".parquet" else None
     except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"can't read the table {path}: {error}") from error
+    if frame is None:
+        return parse_csv(content, str(path))
     if frame.empty:
         raise DataError(f"{path}: expected columns and at least one row")
     cells = frame.astype(object).where(frame.notna(), "").astype(str).to_numpy().tolist()

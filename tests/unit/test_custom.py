@@ -227,6 +227,10 @@ def test_rows_of_another_length_and_foreign_files_are_refused(tmp_path: Path) ->
 
 def test_settings_that_no_table_can_fill_are_refused(tmp_path: Path) -> None:
     config = write(tmp_path, classes_table(), images_table())
+    for key, value in {"images": "images.csv", "attributes": "classes.csv", "like": "cub"}.items():
+        real = load_config("paper/cub", [f"data.{key}={value}"])
+        with pytest.raises(ConfigError, match=rf"data\.{key} is for (custom|synthetic) data only, not for cub"):
+            prepare_data(real, tmp_path / "out")
     changes: dict[str, Any]
     for changes, message in (
         ({"images": None}, "needs both tables"),
