@@ -25,12 +25,23 @@ class ConfigError(ValueError):
 @dataclass
 class DataConfig:
     dataset: str = "synthetic"
-    """Which data set: synthetic, cub, awa2 or sun."""
+    """Which data set: synthetic, cub, awa2, sun, apy, or custom for one of your own."""
     root: str | None = None
-    """Folder that holds the original archives' content and xlsa17; not used by synthetic."""
+    """Folder that holds the original archives' content and xlsa17; not used by synthetic. custom: the folder that the
+    paths of the images count from, if it is not the one of their table."""
     mirror: str | None = None
     """Where prepare_data fetches what is missing below ``root``: ``web`` for the owners' addresses, or the s3://
     address, URL or folder of `svip mirror`. Empty: everything must be there."""
+    images: str | None = None
+    """custom: table of the images, CSV or Parquet with the columns path, class and, optionally, role."""
+    attributes: str | None = None
+    """custom: table of the classes, CSV or Parquet with the columns class, optionally split, and one an attribute."""
+    unseen_fraction: float = 0.2
+    """custom without a split in its tables: share of the classes that are unseen, of the seen ones that are validation
+    classes, and of a seen class's images that are for testing."""
+    like: str = "none"
+    """synthetic: as many classes, attributes and images, as large, as this real data set has: cub, awa2 or sun. For
+    load tests. none: the toy birds."""
     split: str = "standard"
     """standard: the Proposed Split. development: a whole zero-shot problem inside the trainval classes (train classes
     of the fold are seen, its validation classes play the unseen ones), so that the real test photos stay untouched."""
@@ -220,7 +231,8 @@ class Config:
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "data.dataset": ("synthetic", "cub", "awa2", "sun"),
+    "data.dataset": ("synthetic", "cub", "awa2", "sun", "apy", "custom"),
+    "data.like": ("none", "cub", "awa2", "sun"),
     "data.split": ("standard", "development"),
     "data.fold": (1, 2, 3),
     "data.train_view": ("center", "squash", "random_crop"),
@@ -327,7 +339,7 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key}={get_value(config, key)!r}: expected at least {least}")
     if config.model.sigma <= 0:
         raise ConfigError(f"model.sigma={config.model.sigma!r}: expected more than 0")
-    for key in ("optim.beta1", "optim.beta2", "optim.warmup", "data.val_seen_fraction"):
+    for key in ("optim.beta1", "optim.beta2", "optim.warmup", "data.val_seen_fraction", "data.unseen_fraction"):
         if not 0 <= get_value(config, key) < 1:
             raise ConfigError(f"{key}={get_value(config, key)!r}: expected 0 <= value < 1")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.train.device):

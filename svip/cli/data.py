@@ -1,9 +1,10 @@
-"""Commands that make the data ready: fetch, mirror, prepare-data, push-bundle, embed-attributes."""
+"""Commands that make the data ready: datasets, fetch, mirror, prepare-data, push-bundle, embed-attributes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +15,39 @@ Package = Annotated[
     typer.Argument(metavar="NAME", help="cub, awa2, sun, apy; all; xlsa17; glove.6B, glove.840B.", show_default=False),
 ]
 FetchRoot = Annotated[Path, typer.Option("--root", help="Folder for the archives and what they hold.")]
+
+
+@app.command(epilog=example("svip datasets --root data"))
+def datasets(
+    root: Annotated[Path, typer.Option(help="Folder to look into for what is there already.")] = Path("data"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the data sets and word vectors that can be fetched, and what of them is there."""
+    from svip.data.inventory import inventory
+
+    packages = inventory(root)
+    if as_json:
+        print(json.dumps(packages, indent=2))
+        return
+    sets = numbers_table(["data set"], ["images", "seen + unseen classes", "attributes"])
+    sets.add_column(f"under {root}")
+    archives = numbers_table(["archive"], ["size"])
+    for column in ("of", "licence", f"under {root}"):
+        archives.add_column(column)
+    named: set[str] = set()
+    for package in packages:
+        if "images" in package:
+            seen = f"{package['seen_classes']} + {package['unseen_classes']}"
+            sets.add_row(package["name"], f"{package['images']:,}", seen, str(package["attributes"]), _found(package))
+        for archive in package["archives"]:
+            if len(package["archives"]) > 1 and archive["name"] == "xlsa17.zip":
+                continue  # of all data sets, and a package of its own
+            licence = "" if package["name"] in named else package["licence"]
+            state = package["here"]["archives"][archive["name"]]
+            archives.add_row(archive["name"], _gigabytes(archive["size"]), package["name"], licence, state)
+            named.add(package["name"])
+    console.print(sets, archives)
+    print(f"`svip fetch NAME --root {root}` gets what is missing; --json has addresses and citations")
 
 
 @app.command(
@@ -71,9 +105,11 @@ def mirror(
 def prepare_data(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write to, or s3://bucket/prefix.")],
     dataset: Annotated[
-        Literal["synthetic", "cub", "awa2", "sun"] | None,
+        Literal["synthetic", "cub", "awa2", "sun", "apy", "custom"] | None,
         typer.Option(
-            metavar="<name>", help="synthetic, cub, awa2 or sun; without it the preset's.", show_default=False
+            metavar="<name>",
+            help="synthetic, cub, awa2, sun, apy or custom (your own: docs/own-data.md); without it the preset's.",
+            show_default=False,
         ),
     ] = None,
     root: Annotated[str, typer.Option(help="Folder that holds the archives' content and xlsa17.")] = "",
@@ -83,24 +119,34 @@ def prepare_data(
             help="Fetch what is missing below the root: web, or a mirror (see `svip fetch --help`).", show_default=False
         ),
     ] = "",
+    images: Annotated[str, typer.Option(help="custom: table of the images (CSV or Parquet).")] = "",
+    attributes: Annotated[str, typer.Option(help="custom: table of the classes and their attributes.")] = "",
+    like: Annotated[
+        Literal["cub", "awa2", "sun"] | None,
+        typer.Option(metavar="<name>", help="synthetic: as large as cub, awa2 or sun, for load tests."),
+    ] = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing photos.")] = False,
     preset: Annotated[
         str,
         typer.Option(
-            "--preset", "-p", help="A shipped preset or a YAML file.", show_default="paper/DATASET; synthetic: smoke"
+            "--preset",
+            "-p",
+            help="A shipped preset or a YAML file.",
+            show_default="paper/DATASET; apy, custom: paper/cub",
         ),
     ] = "",
     overrides: Overrides = None,
 ) -> None:
-    """Make a split bundle (packed images, tables, checksums) of a data set's original archives."""
+    """Make a split bundle (packed images, tables, checksums) of a data set's original archives, or of your own."""
     from svip import steps
 
     chosen = list(overrides or [])
     chosen += [f"data.dataset={dataset}"] if dataset else []
-    chosen += [f"data.root={quoted(root)}"] if root else []
-    chosen += [f"data.mirror={quoted(mirror)}"] if mirror else []
+    named = {"root": root, "mirror": mirror, "images": images, "attributes": attributes, "like": like}
+    for name, value in named.items():
+        chosen += [f"data.{name}={quoted(value)}"] if value else []
     chosen += ["data.allow_missing=true"] if allow_missing else []
-    preset = preset or ("smoke" if dataset in (None, "synthetic") else f"paper/{dataset}")
+    preset = preset or _usual_preset(dataset, like)
     info = steps.prepare_data(out, preset, chosen)
     print(f"{info['dataset']}, {info['split']} split, fold {info['fold']}: {out}")
     table = numbers_table(["role"], ["images"])
@@ -141,3 +187,20 @@ def push_bundle(
     from svip import steps
 
     print(f"{to}: bundle {steps.push_bundle(bundle, to)[:12]}")
+
+
+def _usual_preset(dataset: str | None, like: str | None) -> str:
+    """The paper's for the data set, or for the one of its size; CUB's for those that the paper has not."""
+    if dataset in (None, "synthetic"):
+        return f"paper/{like}" if like else "smoke"
+    return "paper/cub" if dataset in ("apy", "custom") else f"paper/{dataset}"
+
+
+def _found(package: dict[str, Any]) -> str:
+    """What of a data set is there."""
+    photos, version = package["here"]["photos"], package["here"]["proposed_split"]
+    return f"{photos:,} photos, {f'Proposed Split v{version}' if version else 'no splits'}"
+
+
+def _gigabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e9:.2f} GB"

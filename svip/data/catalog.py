@@ -259,7 +259,10 @@ PACKAGES: dict[str, Package] = CATALOG | {
 
 def photo_folder(spec: DatasetSpec, root: Path) -> Path:
     """``spec.folder`` in the root itself, or in the data set's own folder there; DataError lists the places tried."""
-    return _locate(f"the photos of {spec.name}", [parent / spec.folder for parent in _homes(spec, root)])
+    if spec.folder == ".":
+        return attribute_file(spec, root).parents[1]
+    hint = f" ({spec.mistaken_for})" if spec.mistaken_for else ""
+    return _locate(f"the photos of {spec.name}{hint}", [parent / spec.folder for parent in _homes(spec, root)])
 
 
 def attribute_file(spec: DatasetSpec, root: Path) -> Path:

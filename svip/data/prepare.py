@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -19,18 +19,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from svip.config import Config, DataConfig
+from svip.config import Config, ConfigError, DataConfig
+from svip.data.apy import Box, Crop, cut
 from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, DataError, read_bundle
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
+from svip.data.custom import read_custom
 from svip.data.fetch import fetch
-from svip.data.images import DECODER, FORMATS, decode, short_side
+from svip.data.images import DECODER, FORMATS, decode, resize, short_side
 from svip.data.splits import Listing, Split, make_split, read_listing
 from svip.data.store import pixel_sha256
 
 log = logging.getLogger(__name__)
 
 SETTINGS = ("dataset", "split", "fold", "val_seen_fraction", "store_size", "allow_missing", "seed")
-"""Fields of DataConfig that shape the bundle of a real data set."""
+"""Fields of DataConfig that shape the bundle of any photos; of one's own, ``unseen_fraction`` does too."""
 AHEAD = 8
 """Photos a core decodes ahead of the writer; bounds the memory of packing."""
 SAMPLE = 100
@@ -53,24 +55,26 @@ def prepare_data(config: Config, out: Path) -> Bundle:
     DataError for archives that are incomplete or not the original ones, and for unreadable photos (all are named).
     """
     data = config.data
+    for key, dataset in {"like": "synthetic", "images": "custom", "attributes": "custom"}.items():
+        if getattr(data, key) not in (None, "none") and data.dataset != dataset:
+            raise ConfigError(f"data.{key} is for {dataset} data only, not for {data.dataset} (--dataset {dataset})")
     if data.dataset == "synthetic":
-        from svip.data.synthetic import write_synthetic  # not needed, and so not loaded, for real data
+        # not needed, and so not loaded, for real data
+        if data.like != "none":
+            from svip.data.scale import write_scale
+
+            return write_scale(data, out)
+        from svip.data.synthetic import write_synthetic
 
         return write_synthetic(data, out)
-    if data.root is None:
-        raise DataError(f"data.root is not set; give the folder that holds the archives of {data.dataset} (--root)")
-    spec, root = CATALOG[data.dataset], Path(data.root)
-    if data.mirror:
-        fetch(data.dataset, root, data.mirror)
-    listing = read_listing(spec, xlsa17_folder(spec, root), attribute_file(spec, root))
-    photos = photo_folder(spec, root)
-    sizes = np.array([_file_size(photos / path) for path in listing.images["path"]])
+    listing, photos = read_custom(data) if data.dataset == "custom" else _read_archives(data)
+    sizes = np.array([_file_size(photos / listing.photo(path)) for path in listing.images["path"]])
     split = make_split(listing, data, sizes >= 0)
     info = {
         "dataset": data.dataset,
         "split": data.split,
         "fold": data.fold,
-        "settings": {name: value for name, value in asdict(data).items() if name in SETTINGS},
+        "settings": {name: value for name, value in asdict(data).items() if name in _settings(data)},
         "source": _source(listing, sizes),
         "dropped_classes": split.dropped_classes,
     }
@@ -81,18 +85,37 @@ def prepare_data(config: Config, out: Path) -> Bundle:
     return pack(split, photos, data, info, out)
 
 
+def _read_archives(data: DataConfig) -> tuple[Listing, Path]:
+    """What xlsa17 says of a real data set, and the folder below which its photos lie."""
+    if data.root is None:
+        raise DataError(f"data.root is not set; give the folder that holds the archives of {data.dataset} (--root)")
+    spec, root = CATALOG[data.dataset], Path(data.root)
+    if data.mirror:
+        fetch(data.dataset, root, data.mirror)
+    listing = read_listing(spec, xlsa17_folder(spec, root), attribute_file(spec, root))
+    return listing, photo_folder(spec, root)
+
+
+def _settings(data: DataConfig) -> tuple[str, ...]:
+    return (*SETTINGS, "unseen_fraction") if data.dataset == "custom" else SETTINGS
+
+
 def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out: Path) -> Bundle:
     """Decode the split's photos below the folder ``photos`` and write the bundle.
 
     DataError names unreadable photos; the others stay packed in the work folder, as after an interrupt.
     """
     table = split.images
-    origins = {path: [DECODER, data.store_size, (photos / path).stat().st_size] for path in table["path"]}
+    crops = {path: split.crops.get(path, Crop(path)) for path in table["path"]}
+    origins = {
+        path: [DECODER, data.store_size, (photos / crop.photo).stat().st_size, *(crop.box or ())]
+        for path, crop in crops.items()
+    }
     with BundleWriter(out, origins) as writer:
         paths = [path for path in table["path"] if path not in writer.stored]
-        files = [photos / path for path in paths]
+        files = [photos / crops[path].photo for path in paths]
         _check_space(files, data.store_size, writer.path)
-        decoded = decode_all(files, data.store_size)
+        decoded = decode_all(files, data.store_size, [crops[path].box for path in paths])
         progress = tqdm(decoded, initial=len(table) - len(paths), total=len(table), desc="packing", unit="photo")
         unreadable = []
         for path, photo in zip(paths, progress, strict=True):
@@ -113,23 +136,32 @@ def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out
         return writer.finish(split.classes, made, missing=split.missing)
 
 
-def decode_all(files: list[Path], store_size: int) -> Iterator[Decoded | str]:
-    """Per photo and in order: its pixels as ``decode`` gives them, or what is wrong with it. Uses all cores."""
+def decode_all(files: list[Path], store_size: int, boxes: Sequence[Box | None] = ()) -> Iterator[Decoded | str]:
+    """Per photo and in order: its pixels as ``decode`` gives them, or the part in its box; or what is wrong with it.
+
+    Uses all cores.
+    """
     cores = len(os.sched_getaffinity(0))
     waiting: deque[Future[Decoded | str]] = deque()
     with ThreadPoolExecutor(cores) as pool:  # Pillow decodes and resamples outside the GIL: threads suffice
-        for file in files:
-            waiting.append(pool.submit(_try_decode, file, store_size))
+        for file, box in zip(files, boxes or [None] * len(files), strict=True):
+            waiting.append(pool.submit(_try_decode, file, store_size, box))
             if len(waiting) > AHEAD * cores:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _try_decode(file: Path, store_size: int) -> Decoded | str:
+def _try_decode(file: Path, store_size: int, box: Box | None) -> Decoded | str:
     try:
         content = file.read_bytes()
-        pixels = decode(io.BytesIO(content), store_size)
+        if box is None:
+            pixels = decode(io.BytesIO(content), store_size)
+        else:
+            pixels = cut(decode(io.BytesIO(content), 0), box)
+            height, width = pixels.shape[:2]
+            if store_size:
+                pixels = resize(pixels, *short_side(height, width, store_size))
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error ...
         return str(error) or type(error).__name__
     return Decoded(pixels, pixel_sha256(pixels), hashlib.sha256(content).hexdigest())
@@ -167,10 +199,11 @@ def _source(listing: Listing, sizes: NDArray[np.int64]) -> dict[str, Any]:
     listed = zip(images["path"], images["class_id"], images["part"], strict=True)
     classes = zip(listing.class_names, listing.attributes.tolist(), strict=True)
     photos = zip(images["path"], sizes.tolist(), strict=True)
+    crops = listing.crops.items()
     return {
-        "listing_sha256": _digest([*listed, *classes, listing.attribute_names, *map(_sorted_sets, folds)]),
+        "listing_sha256": _digest([*listed, *classes, listing.attribute_names, *map(_sorted_sets, folds), *crops]),
         "photos_sha256": _digest(photos),
-        "test_seen_in_train_or_val_loc": listing.leaked,
+        **listing.origin,
     }
 
 

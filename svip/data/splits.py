@@ -1,14 +1,15 @@
 """From xlsa17's Proposed Split to one table of images with their roles.
 
 xlsa17 (Xian et al.) lists the images of a data set in res101.mat and parts them by 1-based index in att_splits.mat.
-Only ``trainval_loc``, ``test_seen_loc`` and ``test_unseen_loc`` are used: version 1 of ``train_loc`` and ``val_loc``
-contains every test_seen image. Train and validation come from the class folds inside trainval_loc instead.
+Only ``trainval_loc``, ``test_seen_loc`` and ``test_unseen_loc`` are used, which both versions of the Proposed Split
+have: version 1 of ``train_loc`` and ``val_loc`` contains every test_seen image, and version 2 comes without them. Train
+and validation come from the class folds inside trainval_loc instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,26 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from svip.config import DataConfig
+from svip.data import apy
 from svip.data.bundle import MISSING_NAMED, ROLES, DataError
 from svip.data.catalog import DatasetSpec
 
 FOLDS = (1, 2, 3)
+ROLES_OF = {
+    "train": {"train", "val_seen", "test_seen"},
+    "val_unseen": {"val_unseen", "test_seen"},
+    "test_unseen": {"test_unseen"},
+}
+"""Role of a class -> roles that its images may have."""
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """What xlsa17 says about one data set: all its images and classes, whether the photos are there or not."""
+    """What xlsa17, or a user's tables, say about one data set: all its images and classes, photos there or not."""
 
     images: pd.DataFrame
-    """One row an image in xlsa17's order: path (from the data set's folder on), class_id, part."""
+    """One row an image in the source's order: path (from the data set's folder on), class_id, part, and role where a
+    user's table has given it."""
     class_names: list[str]
     """In order of class_id, which is xlsa17's, not that of the data set's own class list."""
     attributes: NDArray[np.float32]
@@ -39,8 +48,17 @@ class Listing:
     """Class ids of each fold's train classes."""
     val_classes: dict[int, set[int]]
     """Class ids of each fold's validation classes."""
-    leaked: int
-    """How many test_seen images train_loc and val_loc contain, and this listing's trainval part does not."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Recorded in the bundle: which version of the Proposed Split it is, and how many test_seen images its train_loc
+    and val_loc contain (this listing's trainval part does not)."""
+    crops: Mapping[str, apy.Crop] = field(default_factory=dict)
+    """Path of an image that is a part of a photo -> that part; other paths are the photo's own."""
+    hint: str = ""
+    """What to say, besides, where photos are missing."""
+
+    def photo(self, path: str) -> str:
+        """Path of the photo that shows an image."""
+        return self.crops[path].photo if path in self.crops else path
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +73,8 @@ class Split:
     """Paths of needed photos that are not there."""
     dropped_classes: list[str]
     """Classes of this split that have no photo at all and were left out."""
+    crops: Mapping[str, apy.Crop] = field(default_factory=dict)
+    """As in the listing."""
 
 
 def read_listing(spec: DatasetSpec, folder: Path, attribute_file: Path) -> Listing:
@@ -63,20 +83,27 @@ def read_listing(spec: DatasetSpec, folder: Path, attribute_file: Path) -> Listi
     DataError when the catalog's counts, the order of classes, the disjointness of seen and unseen classes or of the
     parts, or the range of the 1-based indices is not as it must be.
     """
-    splits = _load(folder / "att_splits.mat", ["allclasses_names", "att", *_LOCS, "train_loc", "val_loc"])
+    splits = _load(folder / "att_splits.mat", ["allclasses_names", "att", *_LOCS], _LEAKING)
     listed = _load(folder / "res101.mat", ["image_files", "labels"])
     names = _strings(splits["allclasses_names"])
     _expect(folder / "att_splits.mat", "classes", len(set(names)), spec.classes)
     _expect(folder / "att_splits.mat", "shape of att", splits["att"].shape, (spec.attributes, spec.classes))
     attributes = np.ascontiguousarray(splits["att"].T, np.float32)  # [C, A]
 
-    paths = [relative_path(file, spec.folder) for file in _strings(listed["image_files"])]
+    files = _strings(listed["image_files"])
+    crops: dict[str, apy.Crop] = {}
+    if spec.name == "apy":
+        crops, own_classes = apy.read_objects(attribute_file.parent, files)
+        paths = list(crops)
+    else:
+        paths = [relative_path(file, spec.folder) for file in files]
+        own_classes = [_folder_class(path) for path in paths]
     _expect(folder / "res101.mat", "distinct image_files", len(set(paths)), spec.images)
     class_ids = _zero_based(listed["labels"], spec.classes, f"{folder / 'res101.mat'}: labels")
     _expect(folder / "res101.mat", "labels", len(class_ids), len(paths))
-    for path, class_id in zip(paths, class_ids, strict=True):
-        if _folder_class(path) != names[class_id]:
-            raise DataError(f"{folder / 'res101.mat'}: {path} is labelled {names[class_id]}, another class's folder")
+    for path, class_id, own_class in zip(paths, class_ids, own_classes, strict=True):
+        if own_class != names[class_id]:
+            raise DataError(f"{folder / 'res101.mat'}: {path} is labelled {names[class_id]}, but it is of {own_class}")
 
     where = folder / "att_splits.mat"
     locs = {key: _zero_based(splits[key], len(paths), f"{where}: {key}") for key in _LOCS}
@@ -87,7 +114,6 @@ def read_listing(spec: DatasetSpec, folder: Path, attribute_file: Path) -> Listi
         if (part[loc] != "").any():
             raise DataError(f"{where}: {(part[loc] != '').sum()} images of {key} are in another part too")
         part[loc] = name
-    leaking = np.union1d(*(_zero_based(splits[key], len(paths), f"{where}: {key}") for key in ("train_loc", "val_loc")))
 
     train = {fold: _class_set(folder / f"trainclasses{fold}.txt", names) for fold in FOLDS}
     val = {fold: _class_set(folder / f"valclasses{fold}.txt", names) for fold in FOLDS}
@@ -102,6 +128,7 @@ def read_listing(spec: DatasetSpec, folder: Path, attribute_file: Path) -> Listi
         if set(class_ids[locs[key]].tolist()) != allowed:
             raise DataError(f"{where}: the classes of {key} are not those that testclasses.txt leaves to it")
 
+    leaked = _leaked(splits)
     return Listing(
         images=pd.DataFrame({"path": paths, "class_id": class_ids, "part": part.astype(str)}),
         class_names=names,
@@ -109,8 +136,15 @@ def read_listing(spec: DatasetSpec, folder: Path, attribute_file: Path) -> Listi
         attribute_names=read_attribute_names(attribute_file, spec.attributes),
         train_classes=train,
         val_classes=val,
-        leaked=len(np.intersect1d(leaking, locs["test_seen_loc"])),
+        origin={"proposed_split": 1 if leaked else 2, "test_seen_in_train_or_val_loc": leaked},
+        crops=crops,
+        hint=spec.mistaken_for,
     )
+
+
+def proposed_split_version(folder: Path) -> int:
+    """1 or 2: by whether train_loc and val_loc in ``folder``'s att_splits.mat contain test_seen images."""
+    return 1 if _leaked(_load(folder / "att_splits.mat", ["test_seen_loc"], _LEAKING)) else 2
 
 
 def make_split(listing: Listing, data: DataConfig, present: NDArray[np.bool_]) -> Split:
@@ -137,20 +171,13 @@ def make_split(listing: Listing, data: DataConfig, present: NDArray[np.bool_]) -
     needed = part == "trainval" if development else np.ones(len(part), bool)
     missing = listing.images["path"][needed & ~present].tolist()
     if missing and not data.allow_missing:
-        raise DataError(_missing_message(missing, int(needed.sum())))
+        raise DataError(_missing_message(missing, int(needed.sum()), listing.hint))
     if not (needed & present).any():
         raise DataError(f"none of the {needed.sum()} listed photos is there, such as {missing[0]}")
     images = listing.images[needed & present].copy()
-    images["role"] = images["part"].where(images["part"] != "trainval", images["class_id"].map(class_roles))
-
-    trainval = images[images["part"] == "trainval"].sort_values("path")
-    for class_id in sorted(train):
-        rows = trainval.index[trainval["class_id"] == class_id].to_numpy()
-        order = rows[np.random.default_rng([data.seed, class_id]).permutation(len(rows))]
-        if development:
-            order = _hold_out(images, order, "test_seen", data.val_seen_fraction)
-        if class_roles[class_id] == "train":
-            _hold_out(images, order, "val_seen", data.val_seen_fraction)
+    if "role" not in images:
+        images["role"] = images["part"].where(images["part"] != "trainval", images["class_id"].map(class_roles))
+        _hold_out_images(images, train, class_roles, data)
 
     present_ids = sorted(images["class_id"].unique())
     new_ids = {class_id: number for number, class_id in enumerate(present_ids)}
@@ -163,6 +190,7 @@ def make_split(listing: Listing, data: DataConfig, present: NDArray[np.bool_]) -
         classes=classes,
         missing=missing,
         dropped_classes=[listing.class_names[class_id] for class_id in sorted(class_roles.keys() - new_ids.keys())],
+        crops=listing.crops,
     )
     check_split(split, data)
     return split
@@ -173,12 +201,7 @@ def check_split(split: Split, data: DataConfig) -> None:
     if not split.images["path"].is_unique:
         raise DataError("an image is listed in two roles")
     class_roles = split.classes["role"].to_numpy()[split.images["class_id"]]
-    allowed = {
-        "train": {"train", "val_seen", "test_seen"},
-        "val_unseen": {"val_unseen", "test_seen"},
-        "test_unseen": {"test_unseen"},
-    }
-    for class_role, roles in allowed.items():
+    for class_role, roles in ROLES_OF.items():
         found = set(split.images["role"][class_roles == class_role])
         if not found <= roles:
             raise DataError(f"{class_role} classes have images of the roles {', '.join(sorted(found - roles))}")
@@ -200,20 +223,40 @@ def relative_path(file: str, folder: str) -> str:
 
 
 def read_attribute_names(file: Path, count: int) -> list[str]:
-    """Attribute names in column order, from numbered lines ("1 name") or a MATLAB cell array ``attributes``."""
+    """Attribute names in column order: lines, numbered ("1 name") or not, or a MATLAB cell array ``attributes``."""
     if file.suffix == ".mat":
         names = _strings(_load(file, ["attributes"])["attributes"])
     else:
-        lines = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        for number, line in enumerate(lines, start=1):
-            if len(line) != 2 or line[0] != str(number):
-                raise DataError(f"{file}: line {number}: expected '{number} <name>', found {' '.join(line)!r}")
-        names = [name.strip() for _, name in lines]
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [name.split(maxsplit=1) for name in names]
+        if any(line[0].isdigit() for line in lines):
+            for number, line in enumerate(lines, start=1):
+                if len(line) != 2 or line[0] != str(number):
+                    raise DataError(f"{file}: line {number}: expected '{number} <name>', found {' '.join(line)!r}")
+            names = [name for _, name in lines]
     _expect(file, "distinct attribute names", len(set(names)), count)
     return names
 
 
 _LOCS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")
+_LEAKING = ("train_loc", "val_loc")
+
+
+def _leaked(splits: Mapping[str, Any]) -> int:
+    leaking = [splits[key].ravel() for key in _LEAKING if key in splits]
+    return len(np.intersect1d(np.concatenate(leaking), splits["test_seen_loc"])) if leaking else 0
+
+
+def _hold_out_images(images: pd.DataFrame, train: set[int], class_roles: Mapping[int, str], data: DataConfig) -> None:
+    """Give images of the fold's train classes the roles val_seen and, in the development split, test_seen."""
+    trainval = images[images["part"] == "trainval"].sort_values("path")
+    for class_id in sorted(train):
+        rows = trainval.index[trainval["class_id"] == class_id].to_numpy()
+        order = rows[np.random.default_rng([data.seed, class_id]).permutation(len(rows))]
+        if data.split == "development":
+            order = _hold_out(images, order, "test_seen", data.val_seen_fraction)
+        if class_roles[class_id] == "train":
+            _hold_out(images, order, "val_seen", data.val_seen_fraction)
 
 
 def _hold_out(images: pd.DataFrame, order: NDArray[Any], role: str, fraction: float) -> NDArray[Any]:
@@ -228,11 +271,11 @@ def _folder_class(path: str) -> str:
     return "_".join(path.split("/")[1:-1])
 
 
-def _load(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+def _load(file: Path, keys: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{file} does not exist; it is part of the original archives")
     try:
-        content = loadmat(file, variable_names=list(keys))
+        content = loadmat(file, variable_names=[*keys, *optional])
     except Exception as error:  # scipy raises whatever its parser meets
         raise DataError(f"{file} is not a readable MATLAB file: {error}") from error
     absent = [key for key in keys if key not in content]
@@ -269,10 +312,10 @@ def _expect(file: Path, what: str, found: Any, expected: Any) -> None:
         raise DataError(f"{file}: expected {expected} as {what}, found {found}; is this the original file?")
 
 
-def _missing_message(missing: Sequence[str], needed: int) -> str:
+def _missing_message(missing: Sequence[str], needed: int, hint: str) -> str:
     named = "".join(f"\n  {path}" for path in missing[:MISSING_NAMED])
     more = f"\n  and {len(missing) - MISSING_NAMED} more" if len(missing) > MISSING_NAMED else ""
     return (
-        f"{len(missing)} of {needed} listed photos are missing; complete the download, "
-        f"or go on without them by data.allow_missing=true (--allow-missing). Missing:{named}{more}"
+        f"{len(missing)} of {needed} listed photos are missing; complete the download, or go on without them by "
+        f"data.allow_missing=true (--allow-missing). {f'{hint}. ' if hint else ''}Missing:{named}{more}"
     )

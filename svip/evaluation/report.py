@@ -151,7 +151,7 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
 def _title(metrics: Mapping[str, Any], settings: Mapping[str, Any], lineage: Mapping[str, str]) -> str:
     method = method_name(metrics)
     dataset = settings.get("data.dataset") or lineage.get("dataset")
-    names = {"cub": "CUB", "awa2": "AwA2", "sun": "SUN", "synthetic": "synthetic data"}
+    names = {"cub": "CUB", "awa2": "AwA2", "sun": "SUN", "apy": "aPY", "synthetic": "synthetic data"}
     return f"{method} on {names.get(dataset, dataset)}" if dataset else method
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -159,7 +160,7 @@ def test_a_wrong_usage_is_exit_code_2_and_says_what_was_expected(svip: Run, argu
     code, _, err = svip(*arguments)
     assert code == 2
     assert "--help" in err
-    assert "--checkpoint" in err or "'synthetic', 'cub', 'awa2', 'sun'" in err
+    assert "--checkpoint" in err or "'synthetic', 'cub', 'awa2', 'sun', 'apy', 'custom'" in err
 
 
 def test_a_folder_without_a_model_or_an_evaluation_says_how_to_make_one(svip: Run, tmp_path: Path) -> None:
@@ -255,6 +256,41 @@ def test_prepare_data_s_options_are_overrides_of_the_paper_s_preset(
     config = load_config("paper/awa2", ["data.fold=2", "data.allow_missing=true"])
     config.data.root = root
     assert prepared == [config]
+
+
+@pytest.mark.parametrize(
+    ("options", "preset", "overrides"),
+    [
+        (["--dataset", "synthetic", "--like", "sun"], "paper/sun", ["data.dataset=synthetic", "data.like=sun"]),
+        (
+            ["--dataset", "custom", "--images", "i.csv", "--attributes", "c.csv"],
+            "paper/cub",
+            ["data.dataset=custom", "data.images=i.csv", "data.attributes=c.csv"],
+        ),
+        (["--dataset", "apy", "--root", "data"], "paper/cub", ["data.dataset=apy", "data.root=data"]),
+    ],
+)
+def test_data_without_a_preset_of_its_own_takes_one_of_the_paper(
+    svip: Run, prepared: list[Config], tmp_path: Path, options: list[str], preset: str, overrides: list[str]
+) -> None:
+    assert svip("prepare-data", "--out", tmp_path / "bundle", *options)[0] == 0
+    assert prepared == [load_config(preset, overrides)]
+
+
+def test_datasets_lists_what_there_is_and_what_is_here(svip: Run, tmp_path: Path) -> None:
+    photo = tmp_path / "awa2" / "Animals_with_Attributes2" / "JPEGImages" / "ox" / "1.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.touch()
+    code, out, _ = svip("datasets", "--root", tmp_path)
+    assert code == 0
+    rows = [line.replace("│", " ").split() for line in out.splitlines()]
+    assert ["cub", "11,788", "150", "+", "50", "312", "0", "photos,", "no", "splits"] in rows
+    assert ["awa2", "37,322", "40", "+", "10", "85", "1", "photos,", "no", "splits"] in rows
+    assert any(row[:4] == ["CUB_200_2011.tgz", "1.15", "GB", "cub"] and row[-1] == "missing" for row in rows)
+    assert f"svip fetch NAME --root {tmp_path}" in out
+    entries = json.loads(svip("datasets", "--root", tmp_path, "--json")[1])
+    assert [entry["name"] for entry in entries] == ["cub", "awa2", "sun", "apy", "xlsa17", "glove.6B", "glove.840B"]
+    assert entries[0]["archives"][0]["size"] == 1_150_585_339
 
 
 def metrics() -> dict[str, Any]:

@@ -211,7 +211,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest_one_and_a_list(typo: str,
     ("override", "expected"),
     [
         ("data.fold=4", "one of 1, 2, 3"),
-        ("data.dataset=CUB", "one of synthetic, cub, awa2, sun"),
+        ("data.dataset=CUB", "one of synthetic, cub, awa2, sun, apy, custom"),
         ("loss.consistency=js", "one of jeffreys, jsd, kl"),
         ("train.precision=fp16", "one of fp32, bf16"),
         ("train.device=gpu", "one of auto, cpu, cuda, cuda:N"),

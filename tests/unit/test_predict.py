@@ -209,8 +209,8 @@ def test_the_largest_attributes_still_give_finite_scores(folder: Path, photos: l
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("", "new.csv: expected a header (name and the attributes), and a line for each class"),
-        (HEADER, "new.csv: expected a header (name and the attributes), and a line for each class"),
+        ("", "new.csv: expected a header, and a line for each entry"),
+        (HEADER, "new.csv: expected a header, and a line for each entry"),
         (
             'name,wing:red,size::big,"bill, hooked"\nowl,1,1,1',
             "unknown column 'wing:red' (nearest: 'wing::red'); missing column 'wing::red' (nearest: 'wing:red'); "

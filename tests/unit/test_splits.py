@@ -9,14 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from svip.config import Config, DataConfig
 from svip.data import prepare
 from svip.data.bundle import DataError, read_bundle
 from svip.data.catalog import CATALOG, DatasetSpec, attribute_file, photo_folder, xlsa17_folder
 from svip.data.images import decode
-from svip.data.splits import Listing, Split, check_split, make_split, read_attribute_names, read_listing, relative_path
+from svip.data.splits import (
+    Listing,
+    Split,
+    check_split,
+    make_split,
+    proposed_split_version,
+    read_attribute_names,
+    read_listing,
+    relative_path,
+)
 
 SPEC = DatasetSpec(
     name="cub",
@@ -146,10 +155,36 @@ def test_class_ids_rows_and_attributes_agree(listing: Listing, which: str) -> No
 
 
 def test_leak_of_test_images_into_train_loc_is_closed(listing: Listing) -> None:
-    assert listing.leaked == 8
+    assert listing.origin == {"proposed_split": 1, "test_seen_in_train_or_val_loc": 8}
     for which in ("standard", "development"):
         assert not [path for path in paths(split_of(listing, split=which), "train", "val_seen", "val_unseen")
                     if path[-6:-4] in ("03", "08")]  # fmt: skip
+
+
+@pytest.mark.parametrize("lists", ["clean", "absent"])
+def test_version_2_of_the_proposed_split_is_the_same_split(tmp_path: Path, listing: Listing, lists: str) -> None:
+    root = write_root(tmp_path / "v2")
+    file = xlsa17_folder(SPEC, root) / "att_splits.mat"
+    assert proposed_split_version(file.parent) == 1
+    tables = {key: value for key, value in loadmat(file).items() if not key.startswith("__")}
+    for key in ("train_loc", "val_loc"):
+        if lists == "clean":
+            tables[key] = np.intersect1d(tables[key], tables["trainval_loc"])
+        else:
+            del tables[key]
+    savemat(file, tables)
+    assert proposed_split_version(file.parent) == 2
+    second = listing_of(root)
+    assert second.origin == {"proposed_split": 2, "test_seen_in_train_or_val_loc": 0}
+    assert second.images.equals(listing.images)
+    for which in ("standard", "development"):
+        assert split_of(second, split=which).images.equals(split_of(listing, split=which).images)
+
+
+def test_missing_photos_of_sun_tell_of_its_double(listing: Listing) -> None:
+    sun = replace(listing, hint=CATALOG["sun"].mistaken_for)
+    with pytest.raises(DataError, match=r"6 of 54 .*SUN397 is another data set: .*Missing:\n  images/e/e00\.png"):
+        split_of(sun, np.array(["/e/" not in file for file in FILES]))
 
 
 def test_held_out_images_follow_the_seed_class_by_class(listing: Listing) -> None:
@@ -266,6 +301,8 @@ def test_attribute_names_come_from_numbered_lines_or_a_cell_array(tmp_path: Path
     text.write_text("    1\tblack\n    2\tlong leg\n")
     savemat(cells, {"attributes": np.array([["black"], ["long leg"]], object)})
     assert read_attribute_names(text, 2) == read_attribute_names(cells, 2) == ["black", "long leg"]
+    text.write_text("2D Boxy\n\nFurn. Leg\n")  # aPY's are not numbered
+    assert read_attribute_names(text, 2) == ["2D Boxy", "Furn. Leg"]
     with pytest.raises(DataError, match="expected 3 as distinct attribute names, found 2"):
         read_attribute_names(text, 3)
     text.write_text("2 long leg\n1 black\n")
@@ -285,7 +322,12 @@ def test_archives_are_found_in_the_usual_places(tmp_path: Path, place: str) -> N
 
 
 def test_catalog_adds_up_to_the_published_totals() -> None:
-    assert {name: spec.images for name, spec in CATALOG.items()} == {"cub": 11788, "awa2": 37322, "sun": 14340}
+    assert {name: spec.images for name, spec in CATALOG.items()} == {
+        "cub": 11788,
+        "awa2": 37322,
+        "sun": 14340,
+        "apy": 15339,
+    }
 
 
 def write_photos(root: Path) -> None:
