@@ -23,6 +23,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from svip.data.errors import DataError
+
 FORMAT = 1
 TRAINVAL = ("train", "val_seen", "val_unseen")
 """Roles whose images may be trained on once all choices are made."""
@@ -32,10 +34,6 @@ CLASS_ROLES = ("train", "val_unseen", "test_unseen")
 """Roles of a class; train and val_unseen classes are seen ones at test time."""
 MISSING_NAMED = 20
 """How many missing photos bundle.json and error messages name."""
-
-
-class DataError(ValueError):
-    """Data that can't be used; the message names the file, what was expected and what to do."""
 
 
 class BundleError(DataError):
