@@ -54,6 +54,11 @@ class StandIn:
 class _Unpickler(pickle._Unpickler):
     """Python's own, not C's: that one lets a file of ten bytes ask for a table that fills the memory (LONG_BINPUT)."""
 
+    # and a bytearray is made, and filled with zeros, before it is known whether the file has as many bytes
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+    }
+
     def find_class(self, module: str, name: str) -> type[StandIn]:
         full = f"{module}.{name}"
         if full not in ADMITTED:
@@ -90,7 +95,7 @@ def read_keyed_vectors(file: IO[bytes], name: str, path: Path, wanted: Set[str])
             f"{name}: expected vectors of floats [{len(words)}, V] for its words, "
             f"found {vectors.dtype} {list(vectors.shape)}; are its files of one saving?"
         )
-    rows = {word: vectors[index].astype(np.float32) for index, word in enumerate(words) if word in wanted}
+    rows = {word: _row(vectors, index) for index, word in enumerate(words) if word in wanted}
     for word, vector in rows.items():
         if not np.isfinite(vector).all():
             raise VectorsError(f"{name}, word {word!r}: expected finite numbers")
@@ -102,9 +107,19 @@ def _open_array(path: Path, name: str) -> NDArray[Any]:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise VectorsError(f"{name} keeps its vectors in {path}, which does not exist; put it beside") from error
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises many types for a damaged header
         raise VectorsError(f"{path} holds no vectors for {name} ({error}); save them again") from error
+    if not array.flags.c_contiguous:
+        raise VectorsError(f"{path}: expected the rows of its array one after another, as gensim saves them")
     return array
+
+
+def _row(vectors: NDArray[Any], index: int) -> NDArray[np.float32]:
+    if isinstance(vectors, np.memmap) and vectors.filename:
+        # read, for a look at one row of a mapped file may bring megabytes of it into the process's memory
+        start = vectors.offset + index * vectors.strides[0]
+        return np.fromfile(vectors.filename, vectors.dtype, vectors.shape[1], offset=start).astype(np.float32)
+    return vectors[index].astype(np.float32)
 
 
 def _array(pickled: object, name: str) -> NDArray[Any]:

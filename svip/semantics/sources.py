@@ -138,7 +138,7 @@ def _open(path: Path, member: str) -> Iterator[io.BufferedReader]:
             )
             unpacked = _Unpacked(inner, packed, str(path), UNPACKED_FREE + UNPACKED_TIMES * size, bar)
             yield io.BufferedReader(unpacked, BUFFER)
-    except (OSError, EOFError, zlib.error, BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise VectorsError(f"can't read word vectors {path}: {error}; is the file whole?") from error
 
 

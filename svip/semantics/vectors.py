@@ -110,7 +110,7 @@ def read_embedding(path: Path | str) -> Embedding:
         vectors = np.load(path / "vectors.npy", allow_pickle=False)
         names = (path / "attributes.txt").read_text(encoding="utf-8").splitlines()
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # also broken JSON, and pickles in vectors.npy
+    except Exception as error:  # also broken JSON; and numpy raises many types for a damaged header
         raise VectorsError(
             f"{path} holds no attribute vectors ({error}); make them with `svip embed-attributes`"
         ) from error
@@ -129,7 +129,7 @@ def read_vectors(path: Path | str) -> NDArray[np.float32]:
     expected = "expected finite floats [A, V] in a .npy file, or the folder that `svip embed-attributes` wrote"
     try:
         vectors = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises many types for a damaged header
         raise VectorsError(f"{path} holds no attribute vectors ({error}); {expected}") from error
     if not isinstance(vectors, np.ndarray) or vectors.dtype.kind != "f" or vectors.ndim != 2:
         found = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, np.ndarray) else "several arrays"

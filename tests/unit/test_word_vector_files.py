@@ -273,11 +273,15 @@ BROKEN = {
     "binary without a space": (b"5 3\n" + b"\0" * (3 << 20), "found only 0"),
     "gz that is cut": (gzip.compress(GLOVE * 99)[:-9], "ended before the end-of-stream"),
     "gz with a wrong byte": (gzip.compress(GLOVE)[:-6] + b"......", "CRC check failed"),
-    "gz bomb of zeros": (gzip.compress(b"\0" * (1 << 22)), "neither text nor"),
+    "gz bomb of zeros": (gzip.compress(b"\0" * (1 << 22)), "unpacks to more than"),
     "gz bomb of rows": (gzip.compress(GLOVE * (1 << 17), 1), "unpacks to more than"),
     "zip that is cut": (zipped({"a": GLOVE})[:-9], "is not a zip file"),
     "zip without a file": (zipped({"a/": b""}), "holds 0 files"),
     "encrypted zip": (encrypted(), "is encrypted"),
+    "zip of a later version": (
+        zipped({"a": GLOVE}).replace(b"PK\x01\x02\x14\x03\x14", b"PK\x01\x02\x14\x03\xff"),
+        "version 25.5",
+    ),
     "zip bomb of rows": (zipped({"a": GLOVE * (1 << 17)}), "unpacks to more than"),
     "numpy file": (b"\x93NUMPY\x01\0" + b" " * 99, "neither text nor"),
     "pickle that calls os.system": (hostile("os", "system", ["touch {}"]), "would have run 'os.system'"),
@@ -292,6 +296,7 @@ BROKEN = {
     "pickle of a registered extension": (b"\x80\x02\x82\x01.", "unregistered extension code 1"),
     "pickle of a huge table": (LONG_TABLE, "expected what its save"),
     "pickle of huge bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b".", "Nothing of it was run"),
+    "pickle of a huge bytearray": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 33) + b".", "Nothing of it was run"),
     "pickle that is cut": (pickle.dumps(vectors(), 4)[:-9], "Nothing of it was run"),
     "pickle of a plain dictionary": (pickle.dumps({"vectors": [1]}), "expected what its save"),
     "pickle of a FastText": (
@@ -326,6 +331,7 @@ def test_separate_vectors_that_are_missing_or_of_other_content_are_named(tmp_pat
     for array, message in [
         (ROWS[:4], r"expected vectors of floats \[5, V\] for its words, found float32 \[4, 3\]"),
         (np.ones((5, 3), np.int32), "found int32"),
+        (np.asfortranarray(ROWS), "expected the rows of its array one after another"),
         (np.full((5, 3), np.inf, np.float32), "word 'red': expected finite"),
         (np.full((5, 3), {}, object), "a.kv.vectors.npy holds no vectors.*Python objects"),
     ]:
@@ -333,6 +339,10 @@ def test_separate_vectors_that_are_missing_or_of_other_content_are_named(tmp_pat
         with pytest.raises(VectorsError, match=message):
             read_words(path, {"red"})
     separate.write_bytes(separate.read_bytes()[:60])
+    with pytest.raises(VectorsError, match="a.kv.vectors.npy holds no vectors"):
+        read_words(path, {"red"})
+    np.save(separate, ROWS)
+    separate.write_bytes(separate.read_bytes().replace(b"(5, 3)", b"(5, 3("))  # numpy's tokenizer fails on its own way
     with pytest.raises(VectorsError, match="a.kv.vectors.npy holds no vectors"):
         read_words(path, {"red"})
     separate.unlink()
