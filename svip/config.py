@@ -68,7 +68,10 @@ class DataConfig:
 @dataclass
 class SemanticsConfig:
     vectors: str | None = None
-    """File with word vectors in GloVe's text format; empty: the bundle's own (synthetic has one)."""
+    """Word vectors: a file (text of GloVe or word2vec, word2vec's binary form, gensim's KeyedVectors; also in .gz or
+    .zip), its http(s) or s3 address, or a name of gensim-data. Empty: the bundle's own (synthetic has some)."""
+    phrases: str | None = None
+    """YAML file with the rules by which attribute names become words; empty: those shipped for the data set, if any."""
     pooling: str = "mean"
     """How the words of one attribute become one vector: mean or sum."""
     allow_missing: bool = False

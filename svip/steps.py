@@ -30,7 +30,7 @@ from svip.evaluation.gallery import draw_figures
 from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.predict import Predictor, write_overlays
-from svip.semantics.attributes import attribute_phrases
+from svip.semantics.attributes import attribute_phrases, read_rules, shipped_rules
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import read_embedding, read_vectors, write_embedding
 from svip.training.checkpoint import CheckpointError, read_config, read_info, save_model, write_classes, write_json
@@ -70,19 +70,21 @@ def embed_attributes(bundle: str, out: str, preset: str, overrides: Sequence[str
     config = load_config(preset, overrides)
     data = open_bundle(bundle)
     names = data.attribute_names
-    vectors = Path(config.semantics.vectors) if config.semantics.vectors else data.path / "word_vectors.txt"
-    if config.semantics.vectors is None and not vectors.exists():
+    vectors = config.semantics.vectors or str(data.path / "word_vectors.txt")
+    if config.semantics.vectors is None and not Path(vectors).exists():
         raise FileNotFoundError(
-            f"semantics.vectors is not set and {bundle} brings no word vectors; give a file in GloVe's text format "
+            f"semantics.vectors is not set and {bundle} brings no word vectors; give some, such as a file of GloVe "
             "(--vectors glove.6B.300d.txt)"
         )
-    phrases = attribute_phrases(data.info["dataset"], names)
+    own_rules = config.semantics.phrases
+    rules = read_rules(Path(own_rules)) if own_rules else shipped_rules(data.info["dataset"])
+    phrases = attribute_phrases(names, rules)
     embedding = look_up(phrases, names, vectors, config.semantics.pooling, config.semantics.allow_missing)
     write_embedding(embedding, Path(out))
     missing = embedding.report["missing_words"]
     log.info("%d attribute vectors of size %d", *embedding.vectors.shape)
     if missing:
-        log.warning("%d words are not in %s: %s", len(missing), vectors, ", ".join(missing))
+        log.warning("%d words are not in %s: %s", len(missing), embedding.report["vectors_file"], ", ".join(missing))
     return dict(embedding.report)
 
 

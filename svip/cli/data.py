@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from svip.cli.shared import Bundle, Out, Overrides, Preset, app, console, example, numbers_table, quoted
 
@@ -162,12 +164,25 @@ def embed_attributes(
     bundle: Bundle,
     out: Out,
     vectors: Annotated[
-        str, typer.Option(help="Word vectors in GloVe's text format; synthetic data brings its own.")
+        str,
+        typer.Option(
+            metavar="<file, address or name>", help="Word vectors (see above); synthetic data brings its own."
+        ),
     ] = "",
     preset: Preset = "smoke",
     overrides: Overrides = None,
 ) -> None:
-    """Look up the word vectors of a bundle's attributes."""
+    """Look up the word vectors of a bundle's attributes.
+
+    `--vectors` takes what there is, as it was downloaded:
+
+    - GloVe or word2vec text: `glove.6B.300d.txt`, `vectors.txt.gz`
+    - one file of a zip: `glove.6B.zip::glove.6B.300d.txt`
+    - word2vec's binary form: `GoogleNews-vectors-negative300.bin.gz`
+    - what gensim saved: `vectors.kv`, `word2vec.model`
+    - a name of gensim-data: `word2vec-google-news-300`
+    - an address: `s3://bucket/glove.6B.300d.txt`, `https://...`
+    """
     from svip import steps
 
     chosen = list(overrides or [])
@@ -175,8 +190,13 @@ def embed_attributes(
     report = steps.embed_attributes(bundle, str(out), preset, chosen)
     missing = report["missing_words"]
     print(f"{len(report['attributes'])} attribute vectors in {out}; {len(missing)} words out of vocabulary")
-    for word, suggestions in missing.items():
-        print(f"  {word}: nearest known {', '.join(suggestions) or 'none'}")
+    if missing:
+        table = Table("attribute", "known words", "unknown words, nearest known")
+        for item in report["attributes"]:
+            unknown = [f"{word} ({', '.join(missing[word]) or 'none'})" for word in item["missing"]]
+            if unknown:
+                table.add_row(escape(item["name"]), " ".join(item["words"]) or "none", ", ".join(unknown))
+        console.print(table)
 
 
 @app.command("push-bundle", epilog=example("svip push-bundle --bundle bundle --to s3://team/bundles/cub"))

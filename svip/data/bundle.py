@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from svip.data.errors import DataError
 from svip.data.store import JOURNAL, Busy, Store, Stored, pixel_sha256
 
 FORMAT = 2
@@ -43,10 +44,6 @@ NUMBERS, TEXTS = ("class_id", "offset", "height", "width"), ("path", "role", "sh
 """Columns of split.parquet."""
 TABLES = ("split.parquet", "classes.parquet")
 STORES = ("images.bin", "masks.bin")
-
-
-class DataError(ValueError):
-    """Data that can't be used; the message names the file, what was expected and what to do."""
 
 
 class BundleError(DataError):

@@ -18,6 +18,11 @@ FIRST_OF_KIND: dict[str, dict[str, str]] = {
         "newworld": "habitat",
         "fierce": "character",
     },
+    "apy": {
+        "2D Boxy": "shape",
+        "Tail": "parts",
+        "Skin": "materials",
+    },
     "sun": {
         "sailing/ boating": "functions and affordances",
         "fencing": "materials",
@@ -29,6 +34,7 @@ FIRST_OF_KIND: dict[str, dict[str, str]] = {
 
 awa2: predicates.txt in the nine kinds of APN (Xu et al., "Attribute Prototype Network for Zero-Shot Learning", NeurIPS
 2020) as code built on it lists them, but for newworld, which is nutrition there and a habitat here.
+apy: attribute_names.txt in the three of Farhadi et al., "Describing Objects by their Attributes", CVPR 2009.
 sun: attributes.txt in the four kinds of Patterson et al., "The SUN Attribute Database", IJCV 2014; where one ends in
 the file's order is our reading: light and temperature count as surface properties, mood as spatial envelope.
 """
@@ -37,8 +43,8 @@ the file's order is our reading: light and temperature count as surface properti
 def attribute_groups(dataset: str, names: Sequence[str]) -> list[list[int]]:
     """The attributes' indices by group, each in exactly one; groups stand in the order of their first attribute.
 
-    awa2 and sun are grouped by FIRST_OF_KIND (ValueError names what their list lacks). Elsewhere a group is what names
-    have before ``::`` (CUB's ``has_bill_shape::hooked``); those without one form a group.
+    Data sets of FIRST_OF_KIND are grouped by it (ValueError names what their list lacks). Elsewhere a group is what
+    names have before ``::`` (CUB's ``has_bill_shape::hooked``); those without one form a group.
     """
     first = FIRST_OF_KIND.get(dataset, {})
     lacking = first.keys() - {name.strip() for name in names}

@@ -16,14 +16,8 @@ import numpy as np
 from gensim.models import KeyedVectors
 from numpy.typing import NDArray
 
-from svip.data.bundle import DataError
-
-SUGGESTED_FROM = 100_000
-"""Suggestions for unknown words come from this many first words of the file (GloVe's order is by frequency)."""
-
-
-class VectorsError(DataError):
-    """Word or attribute vectors that can't be used; the message names the file, and the line or the attribute."""
+from svip.semantics.scan import VectorsError
+from svip.semantics.sources import read_words
 
 
 @dataclass(frozen=True)
@@ -42,22 +36,23 @@ class Embedding:
 def embed_attributes(
     phrases: Sequence[Sequence[str]],
     names: Sequence[str],
-    vectors_file: Path | str,
+    source: KeyedVectors | Path | str,
     pooling: str = "mean",
     allow_missing: bool = False,
 ) -> Embedding:
-    """Look up the words of each attribute in a GloVe (or word2vec) text file and pool them to vectors [A, V].
+    """Look up the words of each attribute in word vectors and pool them to vectors [A, V].
 
-    Words out of vocabulary are reported and left out. An attribute without any known word raises VectorsError with
-    suggestions or, with ``allow_missing``, gets a zero vector that the report lists.
+    source: what ``read_words`` takes. Words out of vocabulary are reported and left out. An attribute without any known
+    word raises VectorsError with suggestions or, with ``allow_missing``, gets a zero vector that the report lists.
     """
     if pooling not in ("mean", "sum"):
         raise ValueError(f"pooling={pooling!r}: expected mean or sum")
     if len(phrases) != len(names):
         raise ValueError(f"{len(phrases)} phrases for {len(names)} attribute names: expected as many")
     wanted = {word for phrase in phrases for word in phrase}
-    known, common = read_words(vectors_file, wanted)
-    missing = {word: _suggestions(word, common) for word in sorted(wanted) if word not in known}
+    known, common, source_name = read_words(source, wanted)
+    rank = {word: place for place, word in enumerate(common)}
+    missing = {word: _suggestions(word, rank) for word in sorted(wanted) if word not in known}
     vectors = np.zeros((len(names), known.vector_size), np.float32)
     attributes, zero = [], []
     for index, (name, phrase) in enumerate(zip(names, phrases, strict=True)):
@@ -70,11 +65,11 @@ def embed_attributes(
         else:
             hints = "; ".join(f"{word!r}, nearest known: {', '.join(missing[word]) or 'none'}" for word in phrase)
             raise VectorsError(
-                f"{vectors_file} knows no word of attribute {name!r} ({hints}); use another file, give the attribute "
-                "other words in svip/semantics/attributes.py, or set semantics.allow_missing=true for a zero vector"
+                f"{source_name} knows no word of attribute {name!r} ({hints}); use another file, give the attribute "
+                "other words (semantics.phrases), or set semantics.allow_missing=true for a zero vector"
             )
     report = {
-        "vectors_file": Path(vectors_file).name,
+        "vectors_file": Path(source_name).name,
         "dimension": known.vector_size,
         "pooling": pooling,
         "attributes": attributes,
@@ -82,46 +77,6 @@ def embed_attributes(
         "zero_attributes": zero,
     }
     return Embedding(vectors, list(names), report)
-
-
-def read_words(path: Path | str, wanted: set[str]) -> tuple[KeyedVectors, list[str]]:
-    """The vectors of the wanted words that a GloVe text file has, and its commonest words.
-
-    One scan that parses only the lines it keeps: gensim's own reader parses all, which takes minutes where this takes
-    a second. word2vec's header line is accepted. VectorsError names file and line of what can't be read.
-    """
-    keys = {word.encode(): word for word in wanted}
-    rows: dict[str, NDArray[np.float32]] = {}
-    common: list[str] = []
-    dimension = 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                token, _, numbers = line.partition(b" ")
-                if number <= 2 and (b"\0" in line or line.startswith(b"\x1f\x8b")):  # packed, or word2vec's binary form
-                    raise VectorsError(f"{path} is not text; expected unpacked GloVe text: a word and its numbers")
-                if number == 1 and len(line.split()) == 2 and line.replace(b" ", b"").strip().isdigit():
-                    dimension = int(numbers)  # word2vec's header: words, numbers a word
-                    continue
-                if not dimension:
-                    dimension = len(numbers.split())
-                    if not dimension:
-                        raise VectorsError(f"{path}, line {number}: expected a word and its numbers")
-                if number <= SUGGESTED_FROM:
-                    common.append(token.decode(errors="replace"))
-                word = keys.get(token)
-                if word is not None and word not in rows:
-                    vector = _parse(numbers, dimension, f"{path}, line {number}")
-                    if vector is not None:
-                        rows[word] = vector
-    except OSError as error:
-        raise VectorsError(f"can't read word vectors {path}: {error.strerror}; check semantics.vectors") from error
-    if not dimension or not common:
-        raise VectorsError(f"{path} holds no word vectors; expected GloVe text: a word and its numbers on each line")
-    known = KeyedVectors(dimension, count=0, dtype=np.float32)
-    if rows:
-        known.add_vectors(list(rows), np.stack(list(rows.values())))
-    return known, common
 
 
 def write_embedding(embedding: Embedding, out: Path | str) -> None:
@@ -155,7 +110,7 @@ def read_embedding(path: Path | str) -> Embedding:
         vectors = np.load(path / "vectors.npy", allow_pickle=False)
         names = (path / "attributes.txt").read_text(encoding="utf-8").splitlines()
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # also broken JSON, and pickles in vectors.npy
+    except Exception as error:  # also broken JSON; and numpy raises many types for a damaged header
         raise VectorsError(
             f"{path} holds no attribute vectors ({error}); make them with `svip embed-attributes`"
         ) from error
@@ -174,7 +129,7 @@ def read_vectors(path: Path | str) -> NDArray[np.float32]:
     expected = "expected finite floats [A, V] in a .npy file, or the folder that `svip embed-attributes` wrote"
     try:
         vectors = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises many types for a damaged header
         raise VectorsError(f"{path} holds no attribute vectors ({error}); {expected}") from error
     if not isinstance(vectors, np.ndarray) or vectors.dtype.kind != "f" or vectors.ndim != 2:
         found = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, np.ndarray) else "several arrays"
@@ -184,31 +139,10 @@ def read_vectors(path: Path | str) -> NDArray[np.float32]:
     return vectors.astype(np.float32)
 
 
-def _parse(numbers: bytes, dimension: int, place: str) -> NDArray[np.float32] | None:
-    """The vector on a line, or None when the line belongs to a longer token that only begins with the wanted word."""
-    fields = numbers.split()
-    if len(fields) > dimension and not _is_number(fields[0]):
-        return None  # glove.840B has tokens with spaces in them, such as "at name@domain.com"
-    if len(fields) != dimension:
-        raise VectorsError(f"{place}: expected {dimension} numbers, found {len(fields)}; is the file whole?")
-    try:
-        vector = np.array([float(field) for field in fields], np.float32)
-    except ValueError as error:
-        raise VectorsError(f"{place}: expected {dimension} numbers ({error})") from error
-    if not np.isfinite(vector).all():
-        raise VectorsError(f"{place}: expected finite numbers")
-    return vector
-
-
-def _is_number(field: bytes) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
-
-
-def _suggestions(word: str, common: list[str]) -> list[str]:
+def _suggestions(word: str, common: dict[str, int]) -> list[str]:
+    """What may be meant by an unknown word: two words glued into one, then words spelt alike; at most three."""
+    parts = [(word[:at], word[at:]) for at in range(3, len(word) - 2)]
+    glued = [(max(common[one], common[two]), f"{one} {two}") for one, two in parts if one in common and two in common]
     # difflib is slow: offer it only words that begin alike and are about as long
     near = [other for other in common if other[:1] == word[:1] and abs(len(other) - len(word)) <= 3]
-    return difflib.get_close_matches(word, near, n=3, cutoff=0.7)
+    return [text for _, text in sorted(glued)[:1]] + difflib.get_close_matches(word, near, n=2, cutoff=0.7)

@@ -199,7 +199,9 @@ def test_embed_attributes_takes_a_file_whatever_its_name_and_lists_unknown_words
     code, out, _ = svip("embed-attributes", "--bundle", bundle, "--out", tmp_path / "words", "--vectors", odd)
     assert code == 0
     assert out.splitlines()[0].endswith("1 words out of vocabulary")
-    assert out.splitlines()[1].startswith("  wing: nearest known wings")
+    row = next(line for line in out.splitlines() if "wing (wings)" in line)
+    assert "wing_color::red" in row
+    assert "color red" in row
     assert read_embedding(tmp_path / "words").vectors.tolist() == [[0.5, 0.5], [0.5, 1]]
 
 

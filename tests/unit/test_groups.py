@@ -32,6 +32,11 @@ def test_a_kind_reaches_to_the_next_one_and_may_come_again() -> None:
     assert groups[4] == [8, 9, 20, 21], "character: smelly, fierce"
 
 
+def test_apy_s_attributes_are_of_three_kinds() -> None:
+    names = ["2D Boxy", "Round", "Tail", "Row Wind", "Screen", "Skin", "Leather"]
+    assert attribute_groups("apy", names) == [[0, 1], [2, 3, 4], [5, 6]]
+
+
 @pytest.mark.parametrize("change", [lambda names: names[1:], lambda names: ["new", *names]])
 def test_another_list_than_the_data_set_s_is_refused(change: object) -> None:
     assert callable(change)

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gensim.models import KeyedVectors
 
-from svip.semantics.attributes import attribute_phrases
-from svip.semantics.vectors import VectorsError, embed_attributes, read_embedding, read_words, write_embedding
+from svip.data.errors import DataError
+from svip.semantics.attributes import Rules, attribute_phrases, read_rules, shipped_rules
+from svip.semantics.scan import VectorsError
+from svip.semantics.vectors import embed_attributes, read_embedding, write_embedding
 
 GLOVE = "red 1 0 2\nwing 3 4 0\n, 9 9 9\nblue -1 0.5 1e-1\n"
 SHARED = Path(os.environ.get("SVIP_SHARED", "../shared")) / "data"
@@ -41,20 +44,55 @@ def write(folder: Path, text: str | bytes) -> Path:
         ("sun", "man-made", "man made"),
         ("sun", "no horizon", "no horizon"),
         ("sun", "wood (not part of a tree)", "wood"),
+        ("apy", "2D Boxy", "two dimensional boxy"),
+        ("apy", "Horiz Cyl", "horizontal cylinder"),
+        ("apy", "Row Wind", "row windows"),
+        ("apy", "Furn. Leg", "furniture leg"),
+        ("apy", "Stem/Trunk", "stem trunk"),
         ("synthetic", "has_wing_color::red", "wing color red"),
     ],
 )
 def test_names_become_words(dataset: str, name: str, words: str) -> None:
-    assert attribute_phrases(dataset, [name]) == [words.split()]
+    assert attribute_phrases([name], shipped_rules(dataset)) == [words.split()]
 
 
 def test_glued_words_are_parted_only_in_their_data_set() -> None:
-    assert attribute_phrases("sun", ["longleg"]) == [["longleg"]]
+    assert attribute_phrases(["longleg"], shipped_rules("sun")) == [["longleg"]]
 
 
 def test_name_without_words_is_named() -> None:
-    with pytest.raises(ValueError, match=re.escape("'12 (3)' of 'sun' has no words")):
-        attribute_phrases("sun", ["red", "12 (3)"])
+    with pytest.raises(DataError, match=re.escape("'12 (3)' has no words; give it a phrase")):
+        attribute_phrases(["red", "12 (3)"], Rules())
+
+
+def test_own_rules_replace_names_first_and_then_words(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text("names:\n  12 (3): Dozen redwing\nwords:\n  redwing: red wing\n")
+    assert attribute_phrases(["12 (3)", "Redwing 5"], read_rules(path)) == [["dozen", "red", "wing"], ["red", "wing"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("words:\n  no: none\n", "in words found False: 'none', which may lack quotes"),
+        ("words:\n  twelve: 12\n", "in words found 'twelve': 12"),
+        ("word:\n  a: b\n", "expected the mappings names and words"),
+        ("words: [a, b]\n", "found list as words"),
+        ("just text", "expected the mappings names and words"),
+        ("words: {", "expected the mappings"),
+        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    ],
+)
+def test_rules_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(text)
+    with pytest.raises(DataError, match=f"{re.escape(str(path))}: .*{re.escape(message)}"):
+        read_rules(path)
+
+
+def test_rules_that_do_not_exist_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.yaml.*No such file"):
+        read_rules(tmp_path / "none.yaml")
 
 
 def test_mean_and_sum_of_words(glove: Path) -> None:
@@ -89,40 +127,12 @@ def test_file_that_knows_none_of_the_words_still_has_a_dimension(glove: Path) ->
     assert embed_attributes([["x"]], ["x"], glove, allow_missing=True).vectors.shape == (1, 3)
 
 
-def test_header_of_word2vec_text_is_accepted(tmp_path: Path) -> None:
-    known, common = read_words(write(tmp_path, "4 3\n" + GLOVE), {"red"})
-    assert known["red"].tolist() == [1, 0, 2]
-    assert common == ["red", "wing", ",", "blue"]
-
-
-def test_tokens_with_spaces_are_not_taken_for_their_first_word(tmp_path: Path) -> None:
-    known, _ = read_words(write(tmp_path, ", 0 0 0\nred cross 7 7 7\n" + GLOVE), {"red"})
-    assert known["red"].tolist() == [1, 0, 2]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a 1 2 3\nred 1 2\n", "line 2: expected 3 numbers, found 2"),
-        ("a 1 2 3\nred 1 2 3 4\n", "line 2: expected 3 numbers, found 4"),
-        ("a 1 2 3\nb 1 2 3\nred 1 x 3\n", "line 3: expected 3 numbers .*'x'"),
-        ("red 1 nan 3\n", "line 1: expected finite numbers"),
-        ("red\n", "line 1: expected a word and its numbers"),
-        ("", "holds no word vectors"),
-        ("400000 50\n", "holds no word vectors"),
-        (b"\x1f\x8b\x08\x00\x00", "is not text"),
-        (b"3 2\nred \x00\x01\x02", "is not text"),
-    ],
-)
-def test_broken_files_are_named_with_line(text: str | bytes, message: str, tmp_path: Path) -> None:
-    path = write(tmp_path, text)
-    with pytest.raises(VectorsError, match=f"{re.escape(str(path))}.*{message}"):
-        embed_attributes([["red"]], ["red"], path)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(VectorsError, match="none.txt: No such file.*semantics.vectors"):
-        embed_attributes([["red"]], ["red"], tmp_path / "none.txt")
+def test_keyed_vectors_in_memory_are_taken(glove: Path) -> None:
+    vectors = KeyedVectors.load_word2vec_format(str(glove), no_header=True)
+    embedding = embed_attributes([["red", "wings"], ["blue"]], ["a", "b"], vectors)
+    assert embedding.vectors == pytest.approx(np.array([[1, 0, 2], [-1, 0.5, 0.1]]))
+    assert embedding.report["missing_words"] == {"wings": ["wing"]}
+    assert embedding.report["vectors_file"] == "the KeyedVectors in memory"
 
 
 def test_what_is_written_is_read_back(glove: Path, tmp_path: Path) -> None:
@@ -173,13 +183,28 @@ def _lines(path: str) -> list[str]:
 
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data (set SVIP_SHARED)")
-@pytest.mark.parametrize(("dataset", "count"), [("cub", 312), ("awa2", 85), ("sun", 102)])
-def test_every_word_of_the_real_attributes_is_in_glove(dataset: str, count: int) -> None:
+@pytest.mark.parametrize(("dataset", "attributes", "words"), [("cub", 312, 100), ("awa2", 85, 89), ("sun", 102, 135)])
+@pytest.mark.parametrize("dimension", [50, 100])
+def test_every_word_of_the_real_attributes_is_in_glove(
+    dataset: str, attributes: int, words: int, dimension: int
+) -> None:
     names = names_of(dataset)
-    phrases = attribute_phrases(dataset, names)
-    assert len(names) == count
-    assert len({frozenset(phrase) for phrase in phrases}) == count  # no two attributes become one
-    embedding = embed_attributes(phrases, names, SHARED / "word_vectors" / "glove.6B.50d.subset.txt")
-    assert embedding.vectors.shape == (count, 50)
+    phrases = attribute_phrases(names, shipped_rules(dataset))
+    assert len(names) == attributes
+    assert len({frozenset(phrase) for phrase in phrases}) == attributes  # no two attributes become one
+    embedding = embed_attributes(phrases, names, SHARED / "word_vectors" / f"glove.6B.{dimension}d.subset.txt")
+    assert embedding.vectors.shape == (attributes, dimension)
     assert embedding.report["missing_words"] == {}
+    assert len({word for item in embedding.report["attributes"] for word in item["words"]}) == words
     assert np.linalg.norm(embedding.vectors, axis=1).min() > 0.5
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data (set SVIP_SHARED)")
+def test_without_rules_glued_words_of_awa2_are_reported_with_suggestions() -> None:
+    names = names_of("awa2")
+    file = SHARED / "word_vectors" / "glove.6B.50d.subset.txt"
+    report = embed_attributes(attribute_phrases(names, Rules()), names, file, allow_missing=True).report
+    shipped = shipped_rules("awa2").words
+    assert report["missing_words"].keys() == shipped.keys() - {"flys", "longneck"}  # GloVe has these two, as names
+    assert {word: found[0] for word, found in report["missing_words"].items()}.items() <= shipped.items()

@@ -13,7 +13,7 @@ from svip.config import ConfigError, DataConfig
 from svip.data import synthetic
 from svip.data.bundle import Bundle
 from svip.data.synthetic import COLORS, GROUPS, class_descriptions, draw_figure, render, write_synthetic
-from svip.semantics.attributes import attribute_phrases
+from svip.semantics.attributes import Rules, attribute_phrases
 from svip.semantics.vectors import embed_attributes
 
 CONFIG = DataConfig(store_size=32, seed=3)
@@ -139,7 +139,7 @@ def test_larger_sizes_cover_more() -> None:
 
 
 def test_bundle_brings_a_word_vector_for_every_word_of_its_attributes(bundle: Bundle) -> None:
-    phrases = attribute_phrases("synthetic", bundle.attribute_names)
+    phrases = attribute_phrases(bundle.attribute_names, Rules())
     embedding = embed_attributes(phrases, bundle.attribute_names, bundle.path / "word_vectors.txt")
     assert embedding.vectors.shape == (35, 50)
     assert embedding.report["missing_words"] == {}
