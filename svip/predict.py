@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from svip.config import Config
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 from svip.data.images import decode, square, upright
 from svip.data.new_classes import parse_new_classes
 from svip.evaluation.inference import autocast, choose_device, deciding, distinctions

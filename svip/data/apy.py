@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 
 VOC = "VOCdevkit/VOC2008/JPEGImages"
 LISTS = {"apascal_train.txt": VOC, "apascal_test.txt": VOC, "ayahoo_test.txt": "ayahoo_test_images"}

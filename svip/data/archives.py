@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 
 CHUNK = 1 << 20
 ALWAYS_ALLOWED = 64 << 20

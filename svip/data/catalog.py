@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from svip.config import ConfigError, DataConfig
-from svip.data.bundle import CLASS_ROLES, ROLES, TRAINVAL, DataError
+from svip.data.bundle import CLASS_ROLES, ROLES, TRAINVAL
+from svip.data.errors import DataError
 from svip.data.splits import ROLES_OF, Listing
 from svip.data.tables import Table, class_problems, column_problems, nearest, read_table, refuse
 

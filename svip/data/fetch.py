@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from svip.data import s3
 from svip.data.archives import extract
-from svip.data.bundle import DataError
 from svip.data.catalog import CATALOG, PACKAGES, Archive
+from svip.data.errors import DataError
 from svip.data.sources import Interrupted, is_remote
 from svip.data.transfer import (
     PIECE,

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from svip.data.bundle import DataError
 from svip.data.catalog import PACKAGES, DatasetSpec, Package, photo_folder, xlsa17_folder
+from svip.data.errors import DataError
 from svip.data.splits import proposed_split_version
 
 

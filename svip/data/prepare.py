@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from svip.config import Config, ConfigError, DataConfig
 from svip.data.apy import Box, Crop, cut
-from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, DataError, read_bundle
+from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, read_bundle
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
 from svip.data.custom import read_custom
+from svip.data.errors import DataError
 from svip.data.fetch import fetch
 from svip.data.images import DECODER, FORMATS, decode, resize, short_side
 from svip.data.splits import Listing, Split, make_split, read_listing

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import botocore.exceptions
 
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 from svip.data.sources import CHUNK, CONNECT, STALL, Changed, Description, Interrupted, exactly
 
 if TYPE_CHECKING:

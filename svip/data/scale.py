@@ -23,8 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from svip.config import ConfigError, DataConfig
-from svip.data.bundle import Bundle, BundleWriter, DataError
+from svip.data.bundle import Bundle, BundleWriter
 from svip.data.catalog import CATALOG, DatasetSpec
+from svip.data.errors import DataError
 
 log = logging.getLogger(__name__)
 

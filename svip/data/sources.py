@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import requests
 import urllib3
 
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 
 CHUNK = 1 << 18
 """Bytes that a source hands out at a time, at most."""

@@ -20,8 +20,9 @@ from scipy.io import loadmat
 
 from svip.config import DataConfig
 from svip.data import apy
-from svip.data.bundle import MISSING_NAMED, ROLES, DataError
+from svip.data.bundle import MISSING_NAMED, ROLES
 from svip.data.catalog import DatasetSpec
+from svip.data.errors import DataError
 
 FOLDS = (1, 2, 3)
 ROLES_OF = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 
 LARGEST = 1e15
 """Largest magnitude of an attribute."""

@@ -28,7 +28,7 @@ from typing import Any, Self, TypeVar
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 from svip.data.s3 import S3Source
 from svip.data.sources import CHUNK, Changed, Description, FileSource, HttpSource, Interrupted, Source, is_remote
 

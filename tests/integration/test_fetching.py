@@ -19,7 +19,7 @@ import pytest
 from benchmarks.faults import Faults, FaultyServer, serving
 from benchmarks.s3server import KEYS, find_weed, s3_server
 from svip.data import fetch, s3, sources, transfer
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 from svip.data.fetch import archives_of, mirror
 from svip.data.transfer import Expected, Patience, Record, download, local_copy, piece_digests
 

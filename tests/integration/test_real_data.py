@@ -15,8 +15,8 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from svip.config import Config, DataConfig
-from svip.data.bundle import DataError
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
+from svip.data.errors import DataError
 from svip.data.inventory import inventory
 from svip.data.prepare import pack, prepare_data
 from svip.data.splits import Listing, Split, make_split, read_listing

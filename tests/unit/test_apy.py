@@ -12,8 +12,8 @@ from scipy.io import savemat
 
 from svip.config import Config, DataConfig
 from svip.data.apy import cut, read_objects
-from svip.data.bundle import DataError
 from svip.data.catalog import CATALOG, attribute_file, photo_folder
+from svip.data.errors import DataError
 from svip.data.prepare import prepare_data
 
 SPEC = replace(

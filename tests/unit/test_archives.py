@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from svip.data.archives import extract
-from svip.data.bundle import DataError
+from svip.data.errors import DataError
 
 Entry = tuple[str | tarfile.TarInfo | zipfile.ZipInfo, bytes]
 GOOD: list[Entry] = [("set/images/a.jpg", b"photo a" * 999), ("set/images/b.jpg", b"photo b"), ("names.txt", b"a\nb\n")]

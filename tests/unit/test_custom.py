@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from svip.config import Config, ConfigError, DataConfig, load_config
-from svip.data.bundle import DataError
 from svip.data.custom import read_custom
+from svip.data.errors import DataError
 from svip.data.prepare import prepare_data
 from svip.data.splits import Split, make_split
-from svip.semantics.attributes import attribute_phrases
+from svip.semantics.attributes import Rules, attribute_phrases
 from svip.semantics.groups import attribute_groups
 
 CLASSES = [f"class {letter}" for letter in "abcdefghij"]
@@ -104,7 +104,7 @@ def test_photos_go_the_usual_way_into_a_bundle(tmp_path: Path) -> None:
     assert bundle.split["path"].tolist() == images["path"].tolist()
     assert [bundle.image(row)[0, 0].tolist() for row in (0, 57)] == [[0, 0, 255], [57, 114, 255]]
     names = bundle.attribute_names
-    assert attribute_phrases("custom", names) == [["color", "red"], ["color", "blue"]]
+    assert attribute_phrases(names, Rules()) == [["color", "red"], ["color", "blue"]]
     assert attribute_groups("custom", names) == [[0, 1]]
     before = (tmp_path / "bundle" / "bundle.json").stat().st_mtime_ns
     prepare_data(config, tmp_path / "bundle")  # the same again: nothing to do

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from svip.data.bundle import DataError
 from svip.data.catalog import CATALOG, PACKAGES, photo_folder
+from svip.data.errors import DataError
 from svip.data.inventory import inventory
 
 

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from svip import cli
 from svip.config import load_config
-from svip.data.bundle import Bundle, DataError
+from svip.data.bundle import Bundle
+from svip.data.errors import DataError
 from svip.data.prepare import pack
 from svip.data.splits import Split
 from svip.evaluation.evaluate import evaluate

@@ -14,10 +14,11 @@ from PIL import Image
 
 from svip.config import ConfigError, DataConfig
 from svip.data import scale
-from svip.data.bundle import Bundle, DataError
+from svip.data.bundle import Bundle
 from svip.data.catalog import CATALOG
+from svip.data.errors import DataError
 from svip.data.prepare import prepare_data
-from svip.semantics.attributes import attribute_phrases
+from svip.semantics.attributes import Rules, attribute_phrases
 from svip.semantics.vectors import embed_attributes
 
 CONFIG = DataConfig(like="cub", store_size=48, seed=3)
@@ -108,7 +109,7 @@ def test_attributes_can_be_read_off_the_pictures(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_bundle_brings_a_vector_for_each_word(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle")
-    phrases = attribute_phrases("synthetic", bundle.attribute_names)
+    phrases = attribute_phrases(bundle.attribute_names, Rules())
     embedding = embed_attributes(phrases, bundle.attribute_names, bundle.path / "word_vectors.txt")
     assert embedding.report["missing_words"] == {}
     assert len(np.unique(embedding.vectors, axis=0)) == 40

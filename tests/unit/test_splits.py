@@ -13,8 +13,9 @@ from scipy.io import loadmat, savemat
 
 from svip.config import Config, DataConfig
 from svip.data import prepare
-from svip.data.bundle import DataError, read_bundle
+from svip.data.bundle import read_bundle
 from svip.data.catalog import CATALOG, DatasetSpec, attribute_file, photo_folder, xlsa17_folder
+from svip.data.errors import DataError
 from svip.data.images import decode
 from svip.data.splits import (
     Listing,
