@@ -29,6 +29,9 @@ class DataConfig:
     root: str | None = None
     """Folder that holds the original archives' content and xlsa17; not used by synthetic. custom: the folder that the
     paths of the images count from, if it is not the one of their table."""
+    mirror: str | None = None
+    """Where prepare_data fetches what is missing below ``root``: ``web`` for the owners' addresses, or the s3://
+    address, URL or folder of `svip mirror`. Empty: everything must be there."""
     images: str | None = None
     """custom: table of the images, CSV or Parquet with the columns path, class and, optionally, role."""
     attributes: str | None = None

@@ -23,7 +23,7 @@ from svip.config import Config
 from svip.data.bundle import DataError
 from svip.data.images import decode, square, upright
 from svip.data.new_classes import parse_new_classes
-from svip.evaluation.inference import autocast, choose_device, distinctions
+from svip.evaluation.inference import autocast, choose_device, deciding, distinctions
 from svip.models.svip import SVIP, Prediction
 from svip.training.checkpoint import load_model, read_classes, read_info, write_atomically, write_text
 
@@ -159,7 +159,7 @@ class Predictor:
         self, a_hat: NDArray[np.float32], distinctive: NDArray[np.float32], patches: list[tuple[int, int]] | None
     ) -> list[Evidence]:
         """The attributes that speak most for a class: of a_hat [A], its distinctions [A] and their patches [A]."""
-        decided = np.argsort(-a_hat * distinctive)[:ATTRIBUTES_NAMED]
+        decided = deciding(a_hat, distinctive, ATTRIBUTES_NAMED)
         names = self.known.columns[2:]
         shown = [patches[a] if patches and a_hat[a] > 0 else None for a in decided]
         return [Evidence(str(names[a]), float(a_hat[a]), patch) for a, patch in zip(decided, shown, strict=True)]

@@ -128,7 +128,7 @@ def train(
             for name in ("config.yaml", "model.json", "history.json"):
                 tracker.log_artifact(directory / name)
             if log_model:
-                tracking.log_checkpoint_model(tracker, directory)
+                log.info("model in MLflow: %s", tracking.log_checkpoint_model(tracker, directory) or "none")
             logged.write_text(tracker.run_id)
         validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
         return {"run_id": tracker.run_id, **validation}
@@ -218,7 +218,7 @@ def ablate(
     config, chosen = load_config(preset, overrides), sweep.ablation(variants)
 
     def write(results: comparison.Results) -> Path:
-        return _write_ablation(config, chosen, results, Path(out), seeds)
+        return _write_ablation(config, chosen, results, Path(out), seeds, _made_with(preset, overrides, seeds))
 
     return _sweep("ablation", chosen, seeds, write, bundle, vectors, out, preset, overrides, parent_run_id)
 
@@ -252,8 +252,10 @@ def sensitivity(
 
     def write(results: comparison.Results) -> Path:
         figure = comparison.sensitivity_figure(drawn, results, comparison.common_protocol(results))
-        title = f"Sensitivity on {config.data.dataset}"
-        return comparison.write_comparison(Path(out), "sensitivity", title, rows, results, "default", seeds, figure)
+        title, made_with = f"Sensitivity on {config.data.dataset}", _made_with(preset, overrides, seeds)
+        return comparison.write_comparison(
+            Path(out), "sensitivity", title, rows, results, "default", seeds, made_with, figure
+        )
 
     return _sweep("sensitivity", chosen, seeds, write, bundle, vectors, out, preset, overrides, parent_run_id)
 
@@ -288,7 +290,8 @@ def ablate_table(
         results.setdefault(run.variant.name, {})[run.seed] = fitting[0]
     seeds = max(len(by_seed) for by_seed in results.values())
     rows = [variant for variant in sweep.ablation() if variant.name in chosen]
-    page = _write_ablation(load_config(preset, overrides), rows, results, Path(out), seeds)
+    made_with = _made_with(preset, overrides, seeds)
+    page = _write_ablation(load_config(preset, overrides), rows, results, Path(out), seeds, made_with)
     if parent_run_id:
         tracking.log_to_run(parent_run_id, artifacts=sorted(page.parent.glob("ablation.*")))
     return str(page)
@@ -346,14 +349,24 @@ def close_run(run_id: str, status: str) -> None:
 
 
 def _write_ablation(
-    config: Config, variants: Sequence[sweep.Variant], results: comparison.Results, out: Path, seeds: int
+    config: Config,
+    variants: Sequence[sweep.Variant],
+    results: comparison.Results,
+    out: Path,
+    seeds: int,
+    made_with: str,
 ) -> Path:
     """Table 2; the paper's numbers stand beside those on the data that it used."""
     data = config.data
     papers = [variant.paper.get(data.dataset, ()) if data.split == "standard" else () for variant in variants]
     rows = [comparison.Row(variant.name, variant.label, paper) for variant, paper in zip(variants, papers, strict=True)]
     title = f"Ablation on {data.dataset}, {data.split} split"
-    return comparison.write_comparison(out, "ablation", title, rows, results, "full", seeds)
+    return comparison.write_comparison(out, "ablation", title, rows, results, "full", seeds, made_with)
+
+
+def _made_with(preset: str, overrides: Sequence[str], seeds: int) -> str:
+    changes = f" with {' '.join(overrides)}" if overrides else ""
+    return f"Preset {preset}{changes}; {seeds} {'seed' if seeds == 1 else 'seeds'}."
 
 
 def _sweep(

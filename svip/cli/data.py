@@ -1,4 +1,4 @@
-"""Commands that make the data ready: datasets, prepare-data, embed-attributes."""
+"""Commands that make the data ready: datasets, fetch, mirror, prepare-data, embed-attributes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from svip.cli.shared import Bundle, Out, Overrides, Preset, app, console, example, numbers_table, quoted
+
+Package = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="cub, awa2, sun, apy; all; xlsa17; glove.6B, glove.840B.", show_default=False),
+]
+FetchRoot = Annotated[Path, typer.Option("--root", help="Folder for the archives and what they hold.")]
 
 
 @app.command(epilog=example("svip datasets --root data"))
@@ -44,7 +50,58 @@ def datasets(
     print(f"`svip fetch NAME --root {root}` gets what is missing; --json has addresses and citations")
 
 
-@app.command("prepare-data", epilog=example("svip prepare-data --dataset cub --root data --out bundle"))
+@app.command(
+    "fetch",
+    epilog=example(
+        "svip fetch cub --root data",
+        "svip fetch all --root data --mirror s3://team/zsl",
+        "svip fetch glove.6B --root data --discard-archives",
+    ),
+)
+def fetch(
+    name: Package,
+    root: FetchRoot,
+    mirror: Annotated[
+        str, typer.Option(help="web: the owners' addresses; or an s3:// address, URL or folder of `svip mirror`.")
+    ] = "web",
+    discard_archives: Annotated[
+        bool, typer.Option("--discard-archives", help="Remove each archive once it is unpacked.")
+    ] = False,
+) -> None:
+    """Download, check and unpack a data set or word vectors; what was interrupted goes on where it was."""
+    from svip.data import fetch as fetching  # not by svip.steps, which loads PyTorch first
+
+    table = numbers_table(["archive", "unpacked to", "sha256"], ["bytes"])
+    for there in fetching.fetch(name, root, mirror, discard_archives=discard_archives):
+        known = there.record
+        place = str(root / there.archive.folder) if there.archive.holds else str(root / "archives")
+        table.add_row(
+            there.archive.name, place, known.sha256[:12] if known else "not checked", f"{known.size:,}" if known else ""
+        )
+    console.print(table)
+
+
+@app.command("mirror", epilog=example("svip mirror cub --root data --to s3://team/zsl"))
+def mirror(
+    name: Package,
+    to: Annotated[str, typer.Option(help="s3://bucket/prefix or a folder.")],
+    root: FetchRoot,
+) -> None:
+    """Copy fetched archives, with their checksums, to a bucket or folder, so that a team downloads once."""
+    from svip.data import fetch as fetching
+
+    copied = fetching.mirror(name, root, to)
+    print(f"copied to {to}: {', '.join(copied) or 'nothing, all of it is there'}")
+    print(f"fetch from there: svip fetch {name} --root DIR --mirror {to}")
+
+
+@app.command(
+    "prepare-data",
+    epilog=example(
+        "svip prepare-data --dataset cub --root data --out bundle",
+        "svip prepare-data --dataset cub --root data --mirror web --out bundle",
+    ),
+)
 def prepare_data(
     out: Out,
     dataset: Annotated[
@@ -62,6 +119,12 @@ def prepare_data(
         Literal["cub", "awa2", "sun"] | None,
         typer.Option(metavar="<name>", help="synthetic: as large as cub, awa2 or sun, for load tests."),
     ] = None,
+    mirror: Annotated[
+        str,
+        typer.Option(
+            help="Fetch what is missing below the root: web, or a mirror (see `svip fetch --help`).", show_default=False
+        ),
+    ] = "",
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing photos.")] = False,
     preset: Annotated[
         str,
@@ -79,8 +142,8 @@ def prepare_data(
 
     chosen = list(overrides or [])
     chosen += [f"data.dataset={dataset}"] if dataset else []
-    for name, value in {"root": root, "images": images, "attributes": attributes, "like": like}.items():
-        chosen += [f"data.{name}={quoted(value)}"] if value else []
+    options = {"root": root, "mirror": mirror, "images": images, "attributes": attributes, "like": like}
+    chosen += [f"data.{name}={quoted(value)}" for name, value in options.items() if value]
     chosen += ["data.allow_missing=true"] if allow_missing else []
     preset = preset or _usual_preset(dataset, like)
     info = steps.prepare_data(str(out), preset, chosen)

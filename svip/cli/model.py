@@ -190,6 +190,10 @@ def predict(
         write_template(checkpoint, template)
         print(f"written: {template}; a line for each class, its name and the attributes as numbers")
         return
+    if with_known and classes is None:
+        raise typer.BadParameter(
+            "needs new classes (--classes) to stand beside the known ones", param_hint="--with-known"
+        )
     if not images:
         raise typer.BadParameter("give at least one image (or --template)", param_hint="IMAGE")
     results = steps.predict(

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 
-def example(command: str) -> str:
+def example(*commands: str) -> str:
     """The end of a help text; up to 78 columns stay one line in any terminal, and can be copied."""
-    return f"Example:\n\n`{command}`"
+    return "\n\n".join([f"Example{'s' if len(commands) > 1 else ''}:", *(f"`{command}`" for command in commands)])
 
 
 app = typer.Typer(

@@ -20,6 +20,7 @@ from svip.data.apy import Box, Crop, cut
 from svip.data.bundle import MISSING_NAMED, Bundle, BundleError, BundleWriter, DataError, read_bundle
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
 from svip.data.custom import read_custom
+from svip.data.fetch import fetch
 from svip.data.images import decode, resize, short_side
 from svip.data.splits import Listing, Split, make_split, read_listing
 
@@ -73,6 +74,8 @@ def _read_archives(data: DataConfig) -> tuple[Listing, Path]:
     if data.root is None:
         raise DataError(f"data.root is not set; give the folder that holds the archives of {data.dataset} (--root)")
     spec, root = CATALOG[data.dataset], Path(data.root)
+    if data.mirror:
+        fetch(data.dataset, root, data.mirror)
     listing = read_listing(spec, xlsa17_folder(spec, root), attribute_file(spec, root))
     return listing, photo_folder(spec, root)
 

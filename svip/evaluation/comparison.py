@@ -43,23 +43,25 @@ def write_comparison(
     results: Results,
     reference: str,
     seeds: int,
+    made_with: str,
     figure: Figure | None = None,
 ) -> Path:
     """Write the table as ``name``.md, .csv and .html (and a figure as .png and .svg); the page's path.
 
-    ``reference``: the variant from which the differences in H are taken; ``seeds``: those that each row should have.
+    ``reference``: the variant from which the differences in H are taken; ``seeds``: those that each row should have;
+    ``made_with``: the sentence below the table that says what was run.
     """
     out.mkdir(parents=True, exist_ok=True)
     tables = {protocol: summarize(rows, results, protocol, reference) for protocol in shown_protocols(results)}
     sections = [
-        (_about(protocol, has_paper=any(row.paper for row in rows)), *_cells(table, reference, seeds))
+        (_about(protocol, seeds, any(row.paper for row in rows)), *_cells(table, reference, seeds))
         for protocol, table in tables.items()
     ]
     markdown = []
     for about, header, cells in sections:
         lines = [header, ["---", *["--:"] * (len(header) - 1)], *cells]
         markdown += ["\n".join("| " + " | ".join(line) + " |" for line in lines), about]
-    write_text(out / f"{name}.md", "\n\n".join(markdown) + "\n")
+    write_text(out / f"{name}.md", "\n\n".join([*markdown, made_with]) + "\n")
     whole = pd.concat([table.assign(protocol=protocol) for protocol, table in tables.items()])
     write_atomically(out / f"{name}.csv", lambda path: whole.to_csv(path, index=False))
     if figure is not None:
@@ -69,6 +71,7 @@ def write_comparison(
         "comparison",
         title=title,
         sections=sections,
+        made_with=made_with,
         figure=None if figure is None else Markup(to_svg(figure, name, title)),
     )
     write_text(out / f"{name}.html", page)
@@ -163,13 +166,12 @@ def sensitivity_figure(
     return figure
 
 
-def _about(protocol: str, has_paper: bool) -> str:
+def _about(protocol: str, seeds: int, has_paper: bool) -> str:
     """What the numbers of a table are."""
     counted = "accuracy by sample" if protocol == "published" else "mean of per-class top-1"
-    about = (
-        f"Percent, {counted}; {PROTOCOLS.get(protocol, protocol)}. Mean ± standard deviation over seeds; differences "
-        "are paired by seed, with their 95 % interval."
-    )
+    about = f"Percent, {counted}; {PROTOCOLS.get(protocol, protocol)}."
+    if seeds > 1:
+        about += " Mean ± standard deviation over seeds; differences are paired by seed, with their 95 % interval."
     if has_paper:
         about += " The paper's are of the published protocol: epoch and offset chosen on the test set, by sample."
     return about

@@ -21,7 +21,7 @@ from svip.data.bundle import TRAINVAL, Bundle
 from svip.data.images import square
 from svip.evaluation import eszsl
 from svip.evaluation.calibration import SeenUnseenCurve
-from svip.evaluation.inference import Predictions, choose_device, distinctions, frozen_features, predict
+from svip.evaluation.inference import Predictions, choose_device, deciding, distinctions, frozen_features, predict
 from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
 from svip.evaluation.report import Example, write_report
 from svip.models.svip import SVIP
@@ -252,9 +252,7 @@ def _examples(model: SVIP, config: Config, bundle: Bundle, evaluation: Path, gam
     for k in chosen:
         row = int(rows[k])
         best = np.argsort(-calibrated[k])[:3]
-        # what speaks for the first class: its attributes that the image shows and other classes lack
-        reasons = attributes[k] * distinctive[best[0]]
-        decided = np.argsort(-reasons)[:3]
+        decided = deciding(attributes[k], distinctive[best[0]], 3)
         examples.append(
             Example(
                 image=_view(config, bundle.image(row)),
@@ -263,7 +261,7 @@ def _examples(model: SVIP, config: Config, bundle: Bundle, evaluation: Path, gam
                 selected=selected[k].reshape(model.group_grid),
                 predictions=[(bundle.class_names[c], float(calibrated[k, c]), bool(c == labels[k])) for c in best],
                 mask=None if bundle.mask(row) is None else _mask_view(config, bundle, row),
-                attributes=[(bundle.attribute_names[a], float(reasons[a])) for a in decided],
+                attributes=[(bundle.attribute_names[a], float(attributes[k, a])) for a in decided],
             )
         )
     return examples

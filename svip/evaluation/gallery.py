@@ -18,7 +18,7 @@ from svip.config import Config, variant
 from svip.data.bundle import Bundle
 from svip.evaluation import explain, paper_figures
 from svip.evaluation.evaluate import load_tested
-from svip.evaluation.inference import autocast, choose_device, distinctions, predict
+from svip.evaluation.inference import autocast, choose_device, deciding, distinctions, predict
 from svip.evaluation.pages import render
 from svip.evaluation.report import method_name
 from svip.models.svip import SVIP
@@ -105,7 +105,9 @@ def _attention(svip: Trained, bundle: Bundle, rows: Rows) -> Iterator[Captioned]
 def _localization(models: list[Trained], bundle: Bundle, rows: Rows) -> Iterator[Captioned]:
     seen = [explain.explain(trained.model, trained.views(bundle, rows)) for trained in models]
     labels = bundle.split["class_id"].to_numpy()[rows]
-    deciding = _deciding(seen[-1].attributes, bundle.class_attributes, labels)
+    distinctive = distinctions(bundle.class_attributes, bundle.class_attributes)[labels]
+    # what is not there has no place: only attributes that the class has and others lack
+    decided = deciding(seen[-1].attributes, np.maximum(distinctive, 0), ATTRIBUTES)
     images = [(bundle.class_names[label], image) for label, image in zip(labels, seen[-1].images, strict=True)]
     panels = [
         [
@@ -120,7 +122,7 @@ def _localization(models: list[Trained], bundle: Bundle, rows: Rows) -> Iterator
             )
             for attribute in attributes
         ]
-        for k, attributes in enumerate(deciding)
+        for k, attributes in enumerate(decided)
     ]
     yield Captioned(
         "localization",
@@ -180,15 +182,6 @@ def _attributes(models: list[Trained], bundle: Bundle) -> Iterator[Captioned]:
 def _spread(rows: Rows, count: int) -> Rows:
     """At most ``count`` of the rows, evenly spread: a bundle lists its images by class."""
     return rows if len(rows) <= count else rows[((np.arange(count) + 0.5) * len(rows) / count).astype(int)]
-
-
-def _deciding(
-    predicted: NDArray[np.float32], class_attributes: NDArray[np.float32], labels: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """For each image the attributes that speak most for its class: shown by it, and rarer in other classes. [n, 3]"""
-    above = np.maximum(distinctions(class_attributes, class_attributes)[labels], 0)  # what is not there has no place
-    order: NDArray[np.int64] = np.argsort(-predicted * above, axis=1, kind="stable")[:, :ATTRIBUTES]
-    return order
 
 
 def _map_source(trained: Trained) -> str:

@@ -48,6 +48,12 @@ def distinctions(classes: NDArray[np.float32], among: NDArray[np.float32]) -> ND
     return (own - others.mean(0)).numpy()
 
 
+def deciding(a_hat: NDArray[np.float32], distinctive: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """The attributes of a_hat [..., A] that speak most for a class with these distinctions [..., A]: [..., count]."""
+    order: NDArray[np.int64] = np.argsort(-a_hat * distinctive, axis=-1, kind="stable")[..., :count]
+    return order
+
+
 def choose_device(name: str) -> torch.device:
     """The device that ``train.device`` names; auto takes CUDA where there is one."""
     if name == "auto":

@@ -49,7 +49,7 @@ class Example:
     mask: np.ndarray | None = None
     """[S, S], non-zero on the object, where the data set knows it."""
     attributes: Sequence[tuple[str, float]] = ()
-    """(attribute name, value): what decided for the first prediction."""
+    """(attribute name, its predicted value): what decided for the first prediction."""
 
 
 @dataclass(frozen=True)

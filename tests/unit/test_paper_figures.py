@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 
 from svip.evaluation import paper_figures
-from svip.evaluation.gallery import _deciding, _spread
+from svip.evaluation.gallery import _spread
+from svip.evaluation.inference import deciding, distinctions
 from svip.evaluation.paper_figures import LocalizationPanel
 
 SIDE = 32
@@ -117,8 +118,8 @@ def test_deciding_attributes_are_shown_and_rarer_in_other_classes() -> None:
     classes = np.array([[1, 1, 0, 0.5], [1, 0, 1, 0]], np.float32)
     predicted = np.array([[9, 1, 9, 3], [9, 5, 0.9, 2]], np.float32)
     # above the mean: .33 of the second and .17 of the fourth for class 0, .02 of the first and .35 of the third for 1
-    chosen = _deciding(predicted, classes, np.array([0, 1]))
-    assert chosen[0, :2].tolist() == [3, 1]
+    chosen = deciding(predicted, np.maximum(distinctions(classes, classes), 0), 2)
+    assert chosen[0].tolist() == [3, 1]
     assert chosen[1, 0] == 2
 
 

@@ -343,6 +343,11 @@ def test_a_template_holds_the_columns_and_overwrites_nothing(folder: Path, photo
     assert [(c["name"], c["share"]) for c in json.loads(told.stdout)[0]["classes"]] == [("owl", 1.0)]
 
 
+def test_known_classes_beside_new_ones_want_new_ones(folder: Path, photos: list[Path]) -> None:
+    done = CliRunner().invoke(cli.app, ["predict", str(photos[0]), "--checkpoint", str(folder), "--with-known"])
+    assert done.exit_code == 2 and "--classes" in done.output
+
+
 def test_the_command_wants_an_image(folder: Path) -> None:
     done = CliRunner().invoke(cli.app, ["predict", "--checkpoint", str(folder)])
     assert done.exit_code == 2 and "give at least one image" in done.output

@@ -127,14 +127,17 @@ def test_the_table_has_means_deviations_and_differences_paired_by_seed() -> None
 def test_the_files_say_how_many_seeds_a_row_lacks(tmp_path: Path) -> None:
     results = {"full": {0: numbers(70), 1: numbers(72)}, "other": {0: numbers(71)}}
     rows = [Row("other", "Other <b>", (1.0, 2.0, 3.0, 4.0)), Row("full", "Full")]
-    page = comparison.write_comparison(tmp_path, "ablation", "Title", rows, results, "full", 2)
+    made_with = "Preset smoke; 2 seeds."
+    page = comparison.write_comparison(tmp_path, "ablation", "Title", rows, results, "full", 2, made_with)
+    assert f"<p>{made_with}</p>" in page.read_text()
+    assert (tmp_path / "ablation.md").read_text().endswith(f"\n\n{made_with}\n")
     header, _, other, full = (tmp_path / "ablation.md").read_text().splitlines()[:4]
     assert header == "| Variant | seeds | T1 | U | S | H | H - full | paper T1 | paper U | paper S | paper H |"
     assert other == "| Other <b> | 1 of 2 | 81.0 | 70.0 | 72.0 | 71.0 | +1.0 | 1.0 | 2.0 | 3.0 | 4.0 |"
     assert full == ("| Full | 2 of 2 | 81.0 ± 1.4 | 70.0 ± 1.4 | 72.0 ± 1.4 | 71.0 ± 1.4 | - | - | - | - | - |")
     assert "Other &lt;b&gt;" in page.read_text()
     assert pd.read_csv(tmp_path / "ablation.csv")["seeds"].tolist() == [1, 2]
-    comparison.write_comparison(tmp_path, "ablation", "Title", rows[1:], results, "full", 2)
+    comparison.write_comparison(tmp_path, "ablation", "Title", rows[1:], results, "full", 2, "")
     assert "| Variant | T1 |" in (tmp_path / "ablation.md").read_text(), "nothing is missing there"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ablation.csv", "ablation.html", "ablation.md"]
 

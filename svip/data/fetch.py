@@ -1,0 +1,212 @@
+"""Data sets fetched into a folder, from their owners or from a mirror, and mirrors made of what was fetched.
+
+Below the root: ``archives/NAME`` as downloaded, ``archives/NAME.json`` with what is known of it, and what it holds
+where ``catalog`` looks for it. A mirror is a flat folder (on S3, on a web server, on a disk) of the archives, each with
+``NAME.parts.json``: its size, its sha256, and that of each piece of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from svip.data import s3
+from svip.data.archives import extract
+from svip.data.bundle import DataError
+from svip.data.catalog import CATALOG, PACKAGES, Archive
+from svip.data.sources import Interrupted, is_remote
+from svip.data.transfer import (
+    PIECE,
+    Expected,
+    Record,
+    download,
+    locked,
+    open_source,
+    piece_digests,
+    read_bytes,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
+
+WEB = "web"
+"""In place of a mirror: the addresses of the owners."""
+ROOM = 2.2
+"""Disk needed to fetch and unpack, in sizes of the archive: photos gain little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Presence:
+    """What is there of one archive."""
+
+    archive: Archive
+    downloaded: bool
+    complete: bool
+    """All that it must hold is unpacked; of a file that is not unpacked, that it was downloaded."""
+    record: Record | None
+    """None where it was put there by other means, and so never checked."""
+
+
+def fetch(name: str, root: Path, mirror: str = WEB, *, discard_archives: bool = False) -> list[Presence]:
+    """Download, check and unpack what ``name`` consists of ("all": every data set), and say what is there.
+
+    ``mirror``: ``web``, or the s3:// address, URL or folder that ``mirror`` filled. What is complete is not touched.
+    ``discard_archives`` removes each archive once it is unpacked. DataError when an archive can't be fetched.
+    """
+    (root / "archives").mkdir(parents=True, exist_ok=True)
+    for archive in archives_of(name):
+        with locked(_place(archive, root)):
+            if presence(archive, root).complete:
+                log.info("%s is there", archive.name)
+            else:
+                _fetch_archive(archive, root, mirror)
+            if archive.holds and discard_archives:
+                _place(archive, root).unlink(missing_ok=True)
+    return present(name, root)
+
+
+def mirror(name: str, root: Path, to: str) -> list[str]:
+    """Copy the archives of ``name`` below ``root`` to the folder or s3:// address ``to``; the names of those copied.
+
+    An archive goes first and its checksums last; what is there with the same checksum is skipped. DataError where an
+    archive was not fetched, or is not the published one.
+    """
+    if is_remote(to) and not to.startswith("s3://"):
+        raise DataError(f"{to}: files can be put on s3://bucket/prefix or into a folder")
+    copied = []
+    for archive in archives_of(name):
+        place = _place(archive, root)
+        if not place.exists():
+            raise DataError(f"{place} is not there; run `svip fetch {name}` first, without --discard-archives")
+        record = download((), place, _published(archive))  # checks it, unless that was done
+        if _is_mirrored(archive, record, to):
+            log.info("%s is mirrored already", archive.name)
+            continue
+        parts = {"size": record.size, "sha256": record.sha256, "piece": PIECE, "pieces": piece_digests(place)}
+        notes = place.with_name(f".{archive.name}.parts.json")
+        write_json(notes, parts)
+        _put(place, _join(to, archive.name))
+        _put(notes, _join(to, f"{archive.name}.parts.json"))
+        notes.unlink()
+        copied.append(archive.name)
+    return copied
+
+
+def present(name: str, root: Path) -> list[Presence]:
+    """What is there of each archive of ``name``."""
+    return [presence(archive, root) for archive in archives_of(name)]
+
+
+def presence(archive: Archive, root: Path) -> Presence:
+    place = _place(archive, root)
+    record, downloaded = Record.read(place), place.exists()
+    held = bool(archive.holds) and all((root / archive.folder / path).exists() for path in archive.holds)
+    complete = held if archive.holds else downloaded and record is not None
+    return Presence(archive=archive, downloaded=downloaded, complete=complete, record=record)
+
+
+def archives_of(name: str) -> list[Archive]:
+    """The archives of a data set or of word vectors, "all" for those of all data sets; DataError for another name."""
+    if name != "all" and name not in PACKAGES:
+        raise DataError(f"nothing to fetch is called {name!r}; choose one of {', '.join(PACKAGES)}, all")
+    packages = CATALOG.values() if name == "all" else [PACKAGES[name]]
+    return list(dict.fromkeys(archive for package in packages for archive in package.archives))
+
+
+def _place(archive: Archive, root: Path) -> Path:
+    return root / "archives" / archive.name
+
+
+def _published(archive: Archive) -> Expected:
+    return Expected(size=archive.size, md5=archive.md5, sha256=archive.sha256)
+
+
+def _fetch_archive(archive: Archive, root: Path, mirror: str) -> None:
+    place, expected, addresses = _place(archive, root), _published(archive), archive.urls
+    if mirror != WEB:
+        addresses = (_join(mirror, archive.name),)
+        expected = _as_mirrored(archive, mirror) or expected
+    record = download(addresses, place, expected, room=ROOM if archive.holds else 1.0)
+    if not archive.holds:
+        return
+    folder = root / archive.folder
+    entries = extract(place, folder)
+    missing = [path for path in archive.holds if not (folder / path).exists()]
+    if missing:
+        raise DataError(
+            f"{place} was unpacked to {folder}, but holds no {', '.join(missing)}: another file, or changed"
+        )
+    dataclasses.replace(record, extracted=entries).write(place)
+
+
+def _as_mirrored(archive: Archive, mirror: str) -> Expected | None:
+    """What the mirror's notes say; None where it has none for this archive (somebody's folder of downloads)."""
+    notes = _notes(archive, mirror)
+    if notes is None:
+        log.warning("%s has no %s.parts.json: only the whole file can be checked", mirror, archive.name)
+        return None
+    if archive.sha256 not in (None, notes["sha256"]):
+        raise DataError(f"{mirror}: its {archive.name} is not the published one; mirror it again")
+    pieces = tuple(notes["pieces"]) if notes["piece"] == PIECE else ()
+    return Expected(
+        size=notes["size"],
+        md5=archive.md5,
+        sha256=notes["sha256"],
+        pieces=pieces,
+        known_from=f"as mirrored at {mirror}",
+    )
+
+
+def _notes(archive: Archive, mirror: str) -> dict[str, Any] | None:
+    address = _join(mirror, f"{archive.name}.parts.json")
+    try:
+        text = read_bytes(address)
+    except Interrupted:
+        raise
+    except DataError:
+        return None
+    try:
+        notes = json.loads(text)
+        if notes.keys() >= {"size", "sha256", "piece", "pieces"}:
+            return dict(notes)
+    except (ValueError, AttributeError):
+        pass
+    raise DataError(f"{address} does not hold the checksums of an archive; remove it, or mirror again")
+
+
+def _is_mirrored(archive: Archive, record: Record, to: str) -> bool:
+    notes = _notes(archive, to)
+    if notes is None or notes["sha256"] != record.sha256:
+        return False
+    try:
+        return open_source(_join(to, archive.name)).describe().size == record.size
+    except Interrupted:
+        raise
+    except DataError:
+        return False
+
+
+def _put(file: Path, address: str) -> None:
+    size = file.stat().st_size
+    with tqdm(total=size, desc=f"mirroring {file.name}", unit="B", unit_scale=True, disable=None) as bar:
+        if address.startswith("s3://"):
+            s3.upload(file, address, bar.update)
+            return
+        target = Path(address)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.draft")
+        shutil.copyfile(file, draft)
+        os.replace(draft, target)
+        bar.update(size)
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
