@@ -80,7 +80,7 @@ CUB_BIRDS = {
     "has_bill_shape::hooked_seabird": "Frigatebird|Albatross|Cormorant",
     "has_shape::gull-like": "Gull",
     "has_shape::hummingbird-like": "Hummingbird",
-    "has_shape::owl-like": "Will",
+    "has_shape::owl-like": "[Ww]ill",
     "has_shape::tree-clinging-like": "Woodpecker",
     "has_throat_color::red": "Tanager|Vermilion",
 }
