@@ -144,9 +144,8 @@ def prepare_data(
 
     chosen = list(overrides or [])
     chosen += [f"data.dataset={dataset}"] if dataset else []
-    named = {"root": root, "mirror": mirror, "images": images, "attributes": attributes, "like": like}
-    for name, value in named.items():
-        chosen += [f"data.{name}={quoted(value)}"] if value else []
+    options = {"root": root, "mirror": mirror, "images": images, "attributes": attributes, "like": like}
+    chosen += [f"data.{name}={quoted(value)}" for name, value in options.items() if value]
     chosen += ["data.allow_missing=true"] if allow_missing else []
     preset = preset or _usual_preset(dataset, like)
     info = steps.prepare_data(out, preset, chosen)

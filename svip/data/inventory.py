@@ -8,6 +8,7 @@ from typing import Any
 
 from svip.data.catalog import PACKAGES, DatasetSpec, Package, photo_folder, xlsa17_folder
 from svip.data.errors import DataError
+from svip.data.fetch import present
 from svip.data.splits import proposed_split_version
 
 
@@ -32,13 +33,12 @@ def _describe(package: Package) -> dict[str, Any]:
 
 
 def _here(package: Package, root: Path) -> dict[str, Any]:
-    """archives: name -> extracted, downloaded or missing; of a data set also its photos and the version of its splits
-    (None: not there)."""
+    """archives: name -> unpacked, downloaded or missing, and whether it was checked; of a data set also its photos and
+    the version of its splits (None: not there)."""
     states = {}
-    for archive in package.archives:
-        extracted = archive.holds and all((root / archive.folder / path).exists() for path in archive.holds)
-        downloaded = (root / "archives" / archive.name).is_file()
-        states[archive.name] = "extracted" if extracted else "downloaded" if downloaded else "missing"
+    for there in present(package.name, root):
+        state = "unpacked" if there.complete else "downloaded" if there.downloaded else "missing"
+        states[there.archive.name] = f"{state}, checked" if there.record else state
     if not isinstance(package, DatasetSpec):
         return {"archives": states}
     return {"archives": states, "photos": _photos(package, root), "proposed_split": _version(package, root)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
+from benchmarks.metadata import EXPECTED, made_up_apy, told_by_content
 from svip.config import Config, DataConfig
 from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_folder
 from svip.data.errors import DataError
@@ -105,115 +105,29 @@ def assert_same_up_to_scale(listing: Listing, own: np.ndarray) -> None:
     np.testing.assert_allclose(listing.attributes, own / np.linalg.norm(own, axis=1, keepdims=True), atol=2e-3)
 
 
-SUN_SCENES = {
-    "swimming": "pool",
-    "driving": "highway|freeway",
-    "camping": "tent|woodland",
-    "farming": "corn_field|farm|vineyard",
-    "shopping": "store|shop|market",
-    "praying": "apse|church|cathedral|chapel|organ_loft",
-    "fencing": "^fence|corral",
-    "railroad": "rail",
-    "flowers": "florist|garden|greenhouse",
-    "sand": "desert|sand|mastaba",
-    "running water": "waterfall",
-    "ice": "ice|igloo|crevasse",
-    "snow": "ski_|snow|igloo",
-    "smoke": "volcano|industrial|mill|power_plant",
-    "ocean": "wave|ocean",
-}
-"""Attributes that say where one is -> the scenes of which there must be two at the head of its column."""
-AWA2_ANIMALS = {
-    "patches": "giant.panda",
-    "spots": "dalmatian|leopard|giraffe",
-    "stripes": "zebra|tiger|skunk",
-    "longneck": "giraffe|horse",
-    "buckteeth": "beaver|hamster|rabbit",
-    "horns": "antelope|moose|rhinoceros",
-    "tusks": "walrus|elephant",
-    "smelly": "skunk|pig",
-    "tunnels": "mole|hamster",
-    "plankton": "blue.whale|humpback.whale",
-    "meat": "lion|wolf|tiger",
-    "arctic": "polar.bear|walrus",
-    "jungle": "chimpanzee|gorilla|monkey",
-    "tree": "monkey|squirrel",
-}
-
-
-def told_by_content(listing: Listing, names: list[str], expected: dict[str, str], top: int = 2) -> int:
-    """For how many attributes the highest classes of the column so named are all of the expected ones."""
-    count = 0
-    for name, pattern in expected.items():
-        highest = np.argsort(-listing.attributes[:, names.index(name)])[:top]
-        count += all(re.search(pattern, listing.class_names[class_id]) for class_id in highest)
-    return count
-
-
-@pytest.mark.parametrize(("name", "expected", "top"), [("sun", SUN_SCENES, 2), ("awa2", AWA2_ANIMALS, 1)])
-def test_attribute_names_stand_over_their_own_columns(name: str, expected: dict[str, str], top: int) -> None:
-    listing = listing_of(name)
-    names = [attribute.strip() for attribute in listing.attribute_names]
-    assert told_by_content(listing, names, expected, top) == len(expected)
+@pytest.mark.parametrize("name", ["cub", "sun", "awa2"])
+def test_attribute_names_stand_over_their_own_columns(name: str) -> None:
+    listing, (expected, top) = listing_of(name), EXPECTED[name]
+    assert len(expected) >= 10
+    assert told_by_content(listing, expected, top) == len(expected)
     for shift in (1, -1):  # as many names, another order: the same check fails
-        assert told_by_content(listing, names[shift:] + names[:shift], expected, top) < len(expected) / 2
-
-
-APY_ATTRIBUTES = {  # of the authors' list, by their place in it
-    "Wing": (21, "aeroplane"),
-    "Pedal": (32, "bicycle"),
-    "Handlebars": (33, "jetski|motorbike|bicycle"),
-    "Mast": (36, "boat"),
-    "Label": (38, "bottle"),
-    "Horn": (43, "goat"),
-    "Saddle": (45, "horse"),
-    "Leaf": (46, "pottedplant"),
-    "Screen": (50, "tvmonitor"),
-    "Feather": (58, "bird"),
-    "Wool": (59, "sheep"),
-    "Vegetation": (62, "pottedplant"),
-    "Beak": (7, "bird"),
-}
-AYAHOO_UNSEEN = {"donkey": 139, "goat": 163, "jetski": 399, "statue": 207}
+        assert told_by_content(listing, expected, top, shift) < len(expected) / 2
 
 
 def test_full_metadata_of_apy_parses_with_lists_that_fit_it(tmp_path: Path) -> None:
-    """att_splits and folds are the real ones; the lists and res101.mat are not there, and made up to fit them."""
-    folder = xlsa17_folder(CATALOG["apy"], ROOT)
-    splits = loadmat(folder / "att_splits.mat")
-    classes = [str(name[0][0]) for name in splits["allclasses_names"]]
-    unseen = (folder / "testclasses.txt").read_text().split()
-    rows = np.arange(1, 15340)
-    is_unseen = np.isin(rows, splits["test_unseen_loc"])
-    of_ayahoo = np.flatnonzero(is_unseen[12695:])
-    runs = np.split(of_ayahoo, np.flatnonzero(np.diff(of_ayahoo) > 1) + 1)
-    assert [len(run) for run in runs] == list(AYAHOO_UNSEEN.values())  # aYahoo's classes, one after the other
-    seen = [name for name in classes if name not in unseen]
-    of_row = [(unseen if flag else seen)[row % (12 if flag else 20)] for row, flag in zip(rows, is_unseen, strict=True)]
-    lists = tmp_path / "apy" / "attribute_data"
-    lists.mkdir(parents=True)
-    lines = [f"{row}.jpg {name} 1 1 9 9 {' '.join(['0'] * 64)}" for row, name in zip(rows, of_row, strict=True)]
-    for name, part in {
-        "apascal_train.txt": lines[:6340],
-        "apascal_test.txt": lines[6340:12695],
-        "ayahoo_test.txt": lines[12695:],
-    }.items():
-        (lists / name).write_text("\n".join(part))
-    names = [f"attribute {number}" for number in range(64)]
-    for attribute, (place, _) in APY_ATTRIBUTES.items():
-        names[place] = attribute
-    (lists / "attribute_names.txt").write_text("\n".join(names))
-    made = tmp_path / "xlsa17" / "data" / "APY"
-    shutil.copytree(folder, made, copy_function=shutil.copyfile)
-    files = np.array([[f"/BS/{row}.jpg"] for row in rows], object)
-    labels = np.array([[classes.index(name) + 1] for name in of_row])
-    savemat(made / "res101.mat", {"image_files": files, "labels": labels})
-    listing = read_listing(CATALOG["apy"], made, lists / "attribute_names.txt")
+    listing = made_up_apy(xlsa17_folder(CATALOG["apy"], ROOT), tmp_path)
     assert listing.images["part"].value_counts().to_dict() == {"test_unseen": 7924, "trainval": 5932, "test_seen": 1483}
     split = make_split(listing, DataConfig(dataset="apy"), np.ones(15339, bool))
     assert classes_of(split) == {"train": 15, "val_unseen": 5, "test_unseen": 12}
-    expected = {name: pattern for name, (_, pattern) in APY_ATTRIBUTES.items()}
-    assert told_by_content(listing, names, expected, top=1) == len(expected)
+    expected, top = EXPECTED["apy"]
+    assert told_by_content(listing, expected, top) == len(expected)
+
+
+def test_apy_lists_the_objects_of_ayahoo_last_and_class_by_class() -> None:
+    unseen = np.sort(loadmat(xlsa17_folder(CATALOG["apy"], ROOT) / "att_splits.mat")["test_unseen_loc"].ravel())
+    of_ayahoo = unseen[unseen > 6340 + 6355]
+    runs = np.split(of_ayahoo, np.flatnonzero(np.diff(of_ayahoo) > 1) + 1)
+    assert [len(run) for run in runs] == [139, 163, 399, 207]  # donkey, goat, jetski, statue
 
 
 @pytest.mark.parametrize("name", ["cub", "awa2", "sun"])
