@@ -45,7 +45,7 @@ def bare(pool: Callable[..., Executor], files: list[Path]) -> float:
 
 def split_of(files: list[Path]) -> Split:
     images = pd.DataFrame({"path": [file.name for file in files], "class_id": 0, "role": "train"})
-    classes = pd.DataFrame({"name": ["any"], "role": ["train"], "attribute": np.float32([0.0])})
+    classes = pd.DataFrame({"name": ["any"], "role": ["train"], "attribute": np.zeros(1, np.float32)})
     return Split(images, classes, missing=[], dropped_classes=[])
 
 
