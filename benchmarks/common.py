@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ def sparse_bundle(folder: Path, count: int, height: int = 256, width: int = 341)
     return Bundle(folder, {}, split, pd.DataFrame({"name": ["any"], "role": ["train"], "attribute": [0.0]}))
 
 
-def best_of(rounds: int, runs: dict[str, Callable[[], float]]) -> dict[str, float]:
+def best_of(rounds: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
     """Each run's highest rate; they take turns, so that a busy moment of the machine hits all alike."""
     results: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.behind, self.faults, self.stalled = behind, faults, stalled
         self.requests = self.sent = self.received = self.struck = 0
         self.at_bytes: tuple[int, Callable[[], None]] | None = None
-        """What to do once so many bytes were sent, such as changing the file."""
+        """What to do once so many bytes were sent, such as changing the file; nothing is sent meanwhile."""
         self._random, self._lock = random.Random(seed), threading.Lock()
 
     @property
@@ -73,11 +74,9 @@ class FaultyServer(ThreadingHTTPServer):
         with self._lock:
             self.sent += sent
             self.received += received
-            due = self.at_bytes if self.at_bytes and self.sent >= self.at_bytes[0] else None
-            if due:
-                self.at_bytes = None
-        if due:
-            due[1]()
+            if self.at_bytes and self.sent >= self.at_bytes[0]:
+                action, self.at_bytes = self.at_bytes[1], None
+                action()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients hang up: that is what is being tried here."""
@@ -98,6 +97,11 @@ def serving(server: FaultyServer) -> Iterator[FaultyServer]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FaultyServer
+
+    def setup(self) -> None:
+        # what waits in a buffer when a client hangs up counts as sent: let it be little
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BLOCK)
+        super().setup()
 
     def do_GET(self) -> None:
         self.close_connection = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def throughput(folder: Path, photos: list[Path], rounds: int) -> str:
     bundle = write_bundle(folder / "cub", photos, 256)
     rows = []
     for name, (train, view, steps) in VIEWS.items():
-        runs: dict[str, Callable[[], float]] = {
+        runs = {
             "files": partial(read_files, photos[:: max(1, len(photos) // 2000)], steps),
             "bundle": partial(read_bundle, bundle, train, view, epochs=2),
             "normalised": partial(read_bundle, bundle, train, view, normalize=True, epochs=2),

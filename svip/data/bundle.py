@@ -195,6 +195,7 @@ def _check_tables(path: Path, split: pd.DataFrame, classes: pd.DataFrame) -> Non
             raise BundleError(f"{path / table}: expected {expected}; prepare the data again")
 
     types = pd.api.types
+    expect(len(split) > 0, TABLES[0], "at least one image")
     expect({*NUMBERS, *TEXTS} <= set(split), TABLES[0], f"the columns {', '.join((*TEXTS, *NUMBERS))}")
     expect(all(types.is_integer_dtype(split[name]) for name in NUMBERS), TABLES[0], f"integers in {NUMBERS}")
     expect(all(types.is_string_dtype(split[name]) for name in TEXTS), TABLES[0], f"text in {TEXTS}")

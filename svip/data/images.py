@@ -90,7 +90,12 @@ def upright(photo: Image.Image, store_size: int) -> NDArray[np.uint8]:
             f"{photo.width} x {photo.height} pixels: expected at most {MOST_PIXELS // 10**6} megapixels, and no side "
             f"more than {LONGEST} times the other"
         )
-    photo = ImageOps.exif_transpose(photo).convert("RGB")
+    photo = ImageOps.exif_transpose(photo)
+    if photo.mode.startswith("I;16"):  # Pillow's own conversion would make all above 255 white
+        photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
+    elif photo.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {photo.mode} (32 bits): expected 8 or 16 bits a channel")
+    photo = photo.convert("RGB")
     if store_size:
         height, width = short_side(photo.height, photo.width, store_size)
         photo = photo.resize((width, height), Image.Resampling.BILINEAR)

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import botocore.exceptions
 
 from svip.data.errors import DataError
-from svip.data.sources import CHUNK, CONNECT, STALL, Changed, Description, Interrupted, exactly
+from svip.data.sources import CHUNK, CONNECT, STALL, Changed, Description, Interrupted, exactly, seconds_asked
 
 if TYPE_CHECKING:
+    import boto3
     from botocore.client import BaseClient
 
 PART = 16 << 20
@@ -23,9 +24,16 @@ NOT_THERE = {"404", "NoSuchKey", "NotFound"}
 
 
 @functools.cache
+def session() -> boto3.Session:
+    """What the clients of this process share: credentials, and descriptions that take long to load."""
+    import boto3  # takes a quarter of a second, which only those who use S3 should wait for
+
+    return boto3.Session()
+
+
+@functools.cache
 def client(attempts: int = 6) -> BaseClient:
     """The client of this process that tries so often by itself; DataError where the settings of AWS are faulty."""
-    import boto3  # takes a quarter of a second, which only those who use S3 should wait for
     from botocore.config import Config
 
     config = Config(
@@ -38,11 +46,10 @@ def client(attempts: int = 6) -> BaseClient:
         response_checksum_validation="when_required",
     )
     with translated("S3"):
-        session = boto3.Session()
-        made = session.client("s3", config=config)
+        made = session().client("s3", config=config)
         if not (urlsplit(made.meta.endpoint_url).hostname or "").endswith("amazonaws.com"):
             # bucket.host names exist on few servers of one's own
-            made = session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
+            made = session().client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
     return made
 
 
@@ -86,25 +93,6 @@ class S3Source:
             yield from exactly(answer["Body"].iter_chunks(CHUNK), stop - start, self.address)
 
 
-def exists(address: str) -> bool:
-    try:
-        S3Source(address).describe()
-    except Missing:
-        return False
-    return True
-
-
-def list_sizes(prefix: str) -> dict[str, int]:
-    """Bytes of each object below ``s3://bucket/prefix/``, by its name from there on."""
-    bucket, key = split_address(prefix)
-    start = f"{key}/" if key else ""
-    with translated(prefix):
-        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start)
-        return {
-            entry["Key"].removeprefix(start): int(entry["Size"]) for page in pages for entry in page.get("Contents", ())
-        }
-
-
 def upload(file: Path, address: str, progress: Callable[[int], Any] | None = None) -> None:
     """Upload one file, large ones in parallel parts; ``progress`` is told the bytes of each step.
 
@@ -116,7 +104,8 @@ def upload(file: Path, address: str, progress: Callable[[int], Any] | None = Non
     config = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=4)
     with translated(address), open(file, "rb") as body:  # upload_file would wrap the errors
         client().upload_fileobj(body, bucket, key, Config=config, Callback=progress)
-    found, size = S3Source(address).describe().size, file.stat().st_size
+        found = client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+    size = file.stat().st_size
     if found != size:
         raise DataError(f"{address}: {found:,} bytes arrived of {size:,}; upload it again")
 
@@ -166,7 +155,8 @@ def client_endpoint() -> str:
 
 def _client_error(address: str, error: botocore.exceptions.ClientError) -> DataError:
     details = error.response.get("Error", {})
-    code, status = str(details.get("Code", "")), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    answer = error.response.get("ResponseMetadata", {})
+    code, status = str(details.get("Code", "")), answer.get("HTTPStatusCode", 0)
     bucket = urlsplit(address).netloc
     if code == "NoSuchBucket":
         return DataError(f"{address}: there is no bucket {bucket} at {client_endpoint()}; make it, or check the name")
@@ -179,5 +169,6 @@ def _client_error(address: str, error: botocore.exceptions.ClientError) -> DataE
             f"{address}: access denied ({code}); check the credentials and that they may read and write {bucket}"
         )
     if status >= 500 or status == 429 or "SlowDown" in code or code == "RequestTimeout":
-        return Interrupted(f"{address}: answered {status} {code}")
+        wait = seconds_asked(answer.get("HTTPHeaders", {}).get("retry-after", ""))
+        return Interrupted(f"{address}: answered {status} {code}", wait)
     return DataError(f"{address}: answered {status} {code}")

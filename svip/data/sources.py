@@ -159,7 +159,9 @@ class HttpSource:
         status = answer.status_code
         if status >= 500 or status in (408, 425, 429):
             answer.close()
-            raise Interrupted(f"{self.address}: answered {status}", _seconds(answer.headers.get("Retry-After", "")))
+            raise Interrupted(
+                f"{self.address}: answered {status}", seconds_asked(answer.headers.get("Retry-After", ""))
+            )
         if status >= 400 and status != 416:
             answer.close()
             raise DataError(f"{self.address}: answered {status} ({answer.reason})")
@@ -182,8 +184,8 @@ def _version(headers: Mapping[str, str]) -> str | None:
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
 
 
-def _seconds(retry_after: str) -> float:
-    """Retry-After holds seconds or a date."""
+def seconds_asked(retry_after: str) -> float:
+    """Seconds from now that a header Retry-After asks for, which holds a number or a date; 0 if it holds neither."""
     if retry_after.isdigit():
         return float(retry_after)
     try:

@@ -159,6 +159,104 @@ def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
         read_bundle(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offset": [0, 18, 29]}, "images back to back, none twice"),  # one pixel of the second is the third's too
+        ({"offset": [0, 0, 30]}, "images back to back, none twice"),
+        ({"offset": [0, 18, -30]}, "images back to back, none twice"),
+        ({"offset": [0, 18, 1 << 62]}, "images back to back, none twice"),
+        ({"offset": [0, 18, np.nan]}, "integers in"),
+        ({"height": [2, 4, 3]}, r"images\.bin: expected 57 bytes .* found 48"),  # 18 + 12 + 3*3*3
+        ({"height": [2, -4, 2]}, "sides of 1"),
+        ({"width": [3, 1 << 40, 3]}, "sides of 1"),
+        ({"width": [3.0, 1.0, 3.0]}, "integers in"),
+        ({"width": ["3", "1", "3"]}, "integers in"),
+        ({"class_id": [0, 1, 3]}, "class ids below 3"),
+        ({"class_id": [0, 1, -1]}, "class ids below 3"),
+        ({"role": ["train", "val_unseen", "tset"]}, "only the roles train"),
+        ({"role": ["train", "val_unseen", None]}, "text in|only the roles"),
+        ({"path": [1, 2, 3]}, "text in"),
+        ({"sha256": None}, "the columns path, role, sha256"),
+        ({"rows": 2}, r"images\.bin: expected 30 bytes .* found 48"),
+        ({"rows": 0}, "at least one image"),
+    ],
+)
+def test_a_damaged_split_table_reaches_no_pixel_that_is_not_its_own(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "out").path
+    split = pd.read_parquet(path / "split.parquet")
+    split = split.iloc[: changes.pop("rows", 3)]
+    for column, values in changes.items():
+        split = split.drop(columns=column) if values is None else split.assign(**{column: values})
+    replace_table(path, "split.parquet", split)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (CLASSES.iloc[:2], "class ids below 2"),
+        (CLASSES.assign(red="much"), "numbers as attributes"),
+        (CLASSES.assign(role="seen"), "only the roles train, val_unseen"),
+        (CLASSES[["role", "name", "red"]], "name, role and one column an attribute"),
+    ],
+)
+def test_a_damaged_class_table_is_refused(tmp_path: Path, classes: pd.DataFrame, message: str) -> None:
+    path = write(tmp_path / "out").path
+    replace_table(path, "classes.parquet", classes)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"[1]", "found no mapping"),
+        (b"{}", "expected format 2, found None"),
+        (b'{"format": 2, "sha256": "0"}', "expected the field files"),
+        (b'{"format": 2, "sha256": "0", "files": {"../images.bin": 3}}', "expected the field files"),
+        (b'{"format": 2, "sha256": "0", "files": {"images.bin": "3"}}', "expected the field files"),
+        (b'{"format": 2, "files": {}}', "expected the field sha256"),
+        (b'{"format": 2, "sha256": "0", "files": {"gone.bin": 3}}', r"not a whole split bundle .*gone\.bin"),
+        (b'{"format": 2, "sha256": "0", "files": {"split.parquet": 3}}', r"split\.parquet: expected 3 bytes"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write(tmp_path / "out").path
+    (path / "bundle.json").write_bytes(content)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(path)
+
+
+def test_files_may_be_links_to_another_disk(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "out", masked=True)
+    (tmp_path / "linked").mkdir()
+    for file in bundle.path.iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    assert read_bundle(tmp_path / "linked").image(2).tolist() == picture(90).tolist()
+
+
+def test_views_stay_valid_when_their_memory_is_given_back(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "out")
+    views = [bundle.image(row) for row in range(3)]
+    for row in (2, 0, 1):
+        bundle.release(row)
+    assert views[2].tolist() == picture(90).tolist()
+
+
+def replace_table(path: Path, name: str, table: pd.DataFrame) -> None:
+    """Such that bundle.json knows its size."""
+    table.to_parquet(path / name, index=False)
+    info = json.loads((path / "bundle.json").read_text())
+    info["files"][name] = (path / name).stat().st_size
+    (path / "bundle.json").write_text(json.dumps(info))
+
+
 def test_unknown_role_is_refused_when_asked_for(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="unknown role 'trainval'"):
         write(tmp_path / "out").rows("trainval")

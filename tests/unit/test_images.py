@@ -65,6 +65,46 @@ def test_formats_that_need_another_program_are_not_read() -> None:
         decode(postscript, 8)
 
 
+def encoded(image: Image.Image, kind: str, **options: object) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file
+
+
+def test_a_photo_of_any_kind_comes_as_upright_rgb() -> None:
+    colour = Image.new("RGB", (60, 40), (200, 100, 50))
+    cmyk = decode(encoded(colour.convert("CMYK"), "jpeg", quality=100), 20)
+    assert np.abs(cmyk.astype(int) - [200, 100, 50]).max() <= 3  # JPEG rounds
+    see_through = colour.convert("RGBA")
+    see_through.putalpha(0)
+    assert (decode(encoded(see_through, "png"), 0) == [200, 100, 50]).all()  # alpha is dropped, as usual in the field
+    palette = colour.quantize(4)
+    assert (decode(encoded(palette, "png", transparency=0), 0) == [200, 100, 50]).all()
+    deep = Image.fromarray(np.full((40, 60), 0x8040, np.uint16))
+    assert (decode(encoded(deep, "png"), 0) == 0x80).all()
+    upside = coordinates(40, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # orientation: to be turned by 180 degrees
+    turned = encoded(Image.fromarray(upside[::-1, ::-1].copy()), "png", exif=exif)
+    assert decode(turned, 0).tolist() == upside.tolist()
+    with pytest.raises(ValueError, match="mode F"):
+        decode(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "tiff"), 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404 Not Found</html>", bytes(1000), b"\xff\xd8\xff"])
+def test_what_is_no_photo_is_called_so(content: bytes) -> None:
+    with pytest.raises(UnidentifiedImageError, match="expected a photo as JPEG, PNG"):
+        decode(io.BytesIO(content), 8)
+
+
+def test_half_a_photo_is_an_error() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for kind in ("jpeg", "png"):
+        content = encoded(noise, kind).getvalue()
+        with pytest.raises(OSError, match="truncated"):
+            decode(io.BytesIO(content[: len(content) // 2]), 8)
+
+
 def test_center_cuts_the_middle_without_resampling() -> None:
     view = center(coordinates(7, 12), 4)
     assert view.shape == (4, 4, 3)
@@ -196,6 +236,30 @@ def test_drop_last_gives_all_ranks_equal_batches() -> None:
     assert [[len(batch) for batch in rank] for rank in ranks] == [[2, 2, 2]] * 3
     with pytest.raises(ValueError, match="rank < world <= batch_size"):
         EpochBatches(10, 2, 0, 0, rank=0, world=3)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("view", ["center", "random_crop"])
+def test_workers_and_processes_change_no_pixel_and_no_batch(bundle: Bundle, view: str) -> None:
+    """A batch of the whole is, for any number of workers and processes, made of the same images in the same views."""
+    views = dataset(bundle, train=True, view=view)
+
+    def batches(workers: int, world: int) -> list[dict[int, bytes]]:
+        """Of each global batch: row -> pixels."""
+        ranks = [loader(views, EpochBatches(40, 16, 3, 2, rank, world), workers) for rank in range(world)]
+        return [
+            {
+                int(row): image.numpy().tobytes()
+                for images, _, rows in parts
+                for image, row in zip(images, rows, strict=True)
+            }
+            for parts in zip(*ranks, strict=True)
+        ]
+
+    expected = batches(0, 1)
+    assert [len(batch) for batch in expected] == [16, 16, 8]
+    for workers, world in ((1, 1), (3, 1), (0, 2), (1, 4), (3, 2)):
+        assert batches(workers, world) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])

