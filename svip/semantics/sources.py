@@ -21,7 +21,6 @@ from svip.semantics.keyed_vectors import read_keyed_vectors
 from svip.semantics.scan import COMMON, VectorsError, Words, scan
 
 GENSIM_DATA = {
-    "conceptnet-numberbatch-17-06-300": "fd642d457adcd0ea94da0cd21b150847",
     "fasttext-wiki-news-subwords-300": "de2bb3a20c46ce65c9c131e1ad9a77af",
     "glove-twitter-25": "50db0211d7e7a2dcd362c6b774762793",
     "glove-twitter-50": "c168f18641f8c8a00fe30984c4799b2b",
@@ -33,7 +32,7 @@ GENSIM_DATA = {
     "glove-wiki-gigaword-300": "29e9329ac2241937d55b852e8284e89b",
     "word2vec-google-news-300": "a5e5354d40acb95f9ec66d5977d140ef",
 }
-"""The word vectors of gensim-data, with the MD5 that its list.json publishes of each NAME.gz."""
+"""The English word vectors of gensim-data, with the MD5 that its list.json publishes of each NAME.gz."""
 RELEASES = "https://github.com/RaRe-Technologies/gensim-data/releases/download"
 
 BUFFER = 1 << 20
@@ -89,7 +88,7 @@ def _locate(source: str) -> tuple[Path, str]:
     address, _, member = source.rpartition("::")
     if ".zip" not in address:  # no "::" at all, or that of an address such as http://[::1]/
         address, member = source, ""
-    if "://" in address:
+    if address.startswith(("http://", "https://", "s3://")):
         from svip.data.transfer import local_copy  # here, for boto3 is of no use to a file
 
         return local_copy(address), member
@@ -144,9 +143,10 @@ def _open(path: Path, member: str) -> Iterator[io.BufferedReader]:
 
 def _open_member(archive: ZipFile, name: str, member: str) -> Readable:
     members = {item.filename: item for item in archive.infolist() if not item.is_dir()}
+    shown = ", ".join(list(members)[:10]) + (", ..." if len(members) > 10 else "")
     if member not in members and (member or len(members) != 1):
         raise VectorsError(
-            f"{name} holds {len(members)} files; name one as {name}::MEMBER. There are: {', '.join(members) or 'none'}"
+            f"{name} holds {len(members)} files; name one as {name}::MEMBER. There are: {shown or 'none'}"
         )
     item = members[member] if member else next(iter(members.values()))
     if item.flag_bits & 1 or item.compress_type not in (ZIP_STORED, ZIP_DEFLATED):

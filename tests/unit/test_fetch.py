@@ -14,8 +14,8 @@ import pytest
 
 from svip.cli.shared import app
 from svip.data import catalog, sources
-from svip.data.errors import DataError
 from svip.data.catalog import CATALOG, XLSA17, Archive
+from svip.data.errors import DataError
 from svip.data.fetch import archives_of, fetch, mirror, present
 from svip.data.pieces import Patience
 from svip.data.prepare import prepare_data

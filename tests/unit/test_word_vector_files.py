@@ -358,6 +358,7 @@ def test_separate_vectors_that_are_missing_or_of_other_content_are_named(tmp_pat
         ("none.txt", "none.txt: No such file.*semantics.vectors"),
         ("glove-wiki-gigaword-30", "No such file, nor a name of gensim-data; did you mean .*glove-wiki-gigaword-300"),
         ("text::member", "No such file"),
+        ("ftp://host/glove.txt", "No such file"),
         ("text.zip::member", "is no zip archive; name the file alone"),
     ],
 )
