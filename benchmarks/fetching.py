@@ -27,7 +27,8 @@ from benchmarks.faults import Faults, FaultyServer, serving
 from benchmarks.s3server import KEYS, find_weed, s3_server
 from svip.data import s3, sources
 from svip.data.bundle import DataError
-from svip.data.transfer import Expected, Patience, download, piece_digests
+from svip.data.pieces import Patience, piece_digests
+from svip.data.transfer import Expected, download
 
 SIZE = 200_000_000
 STALL = 1.0

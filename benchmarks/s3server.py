@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -34,12 +34,12 @@ def s3_server(folder: Path) -> Iterator[str]:
     keys = {"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}
     users = {"identities": [{"name": "tester", "credentials": [keys], "actions": ["Admin"]}]}
     (folder / "users.json").write_text(json.dumps(users))
-    ports = [_free_port() for _ in range(8)]
+    ports = _free_ports(8)
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
     options = [f"-{name}={port}" for name, port in zip((*names, "s3.port", "s3.port.grpc"), ports, strict=True)]
     command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", *options]
     command += [f"-s3.config={folder / 'users.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=100"]
-    command += ["-master.telemetry=false", "-s3.autoCreateBucket=false"]
+    command += ["-master.telemetry=false", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{ports[-2]}"
@@ -65,7 +65,9 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     raise RuntimeError(f"the S3 server did not start:\n{log.read_text()[-2000:]}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:  # all at once, so that they differ
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]

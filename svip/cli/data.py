@@ -18,11 +18,7 @@ FetchRoot = Annotated[Path, typer.Option("--root", help="Folder for the archives
 
 @app.command(
     "fetch",
-    epilog=example(
-        "svip fetch cub --root data",
-        "svip fetch all --root data --mirror s3://team/zsl",
-        "svip fetch glove.6B --root data --discard-archives",
-    ),
+    epilog=example("svip fetch cub --root data --mirror s3://team/zsl"),
 )
 def fetch(
     name: Package,
@@ -63,10 +59,7 @@ def mirror(
 
 @app.command(
     "prepare-data",
-    epilog=example(
-        "svip prepare-data --dataset cub --root data --out bundle",
-        "svip prepare-data --dataset cub --root data --mirror web --out bundle",
-    ),
+    epilog=example("svip prepare-data --dataset cub --root data --mirror web --out bundle"),
 )
 def prepare_data(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder to write to, or s3://bucket/prefix.")],

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 
-def example(*commands: str) -> str:
+def example(command: str) -> str:
     """The end of a help text; up to 78 columns stay one line in any terminal, and can be copied."""
-    return "\n\n".join([f"Example{'s' if len(commands) > 1 else ''}:", *(f"`{command}`" for command in commands)])
+    return f"Example:\n\n`{command}`"
 
 
 app = typer.Typer(

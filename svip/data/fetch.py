@@ -22,18 +22,9 @@ from svip.data import s3
 from svip.data.archives import extract
 from svip.data.bundle import DataError
 from svip.data.catalog import CATALOG, PACKAGES, Archive
+from svip.data.pieces import PIECE, piece_digests, write_json
 from svip.data.sources import Interrupted, is_remote
-from svip.data.transfer import (
-    PIECE,
-    Expected,
-    Record,
-    download,
-    locked,
-    open_source,
-    piece_digests,
-    read_bytes,
-    write_json,
-)
+from svip.data.transfer import Expected, Record, download, locked, open_source, read_bytes
 
 log = logging.getLogger(__name__)
 

@@ -18,10 +18,11 @@ import pytest
 
 from benchmarks.faults import Faults, FaultyServer, serving
 from benchmarks.s3server import KEYS, find_weed, s3_server
-from svip.data import fetch, s3, sources, transfer
+from svip.data import fetch, pieces, s3, sources
 from svip.data.bundle import DataError
 from svip.data.fetch import archives_of, mirror
-from svip.data.transfer import Expected, Patience, Record, download, local_copy, piece_digests
+from svip.data.pieces import Patience, piece_digests
+from svip.data.transfer import Expected, Record, download, local_copy
 
 SIZE = 12_000_000
 PIECE = 1 << 19
@@ -44,8 +45,8 @@ SPOILT: dict[str, Faults] = {
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megabytes here stand for gigabytes."""
-    monkeypatch.setattr(transfer, "PIECE", PIECE)
-    monkeypatch.setattr(transfer, "SAVED_EVERY", 1 << 18)
+    monkeypatch.setattr(pieces, "PIECE", PIECE)
+    monkeypatch.setattr(pieces, "SAVED_EVERY", 1 << 18)
     monkeypatch.setattr(fetch, "PIECE", PIECE)
     for module in (sources, s3):
         monkeypatch.setattr(module, "CHUNK", 1 << 14)
@@ -109,9 +110,9 @@ def content(seed: int = 0, size: int = SIZE) -> bytes:
     return np.random.default_rng(seed).bytes(size)
 
 
-def expected(data: bytes, pieces: bool = True) -> Expected:
+def expected(data: bytes, each_piece: bool = True) -> Expected:
     each = [hashlib.sha256(data[start : start + PIECE]).hexdigest() for start in range(0, len(data), PIECE)]
-    return Expected(size=len(data), sha256=hashlib.sha256(data).hexdigest(), pieces=tuple(each) if pieces else ())
+    return Expected(size=len(data), sha256=hashlib.sha256(data).hexdigest(), pieces=tuple(each) if each_piece else ())
 
 
 def files(folder: Path) -> list[str]:
@@ -140,7 +141,7 @@ def test_a_wrong_byte_that_only_the_whole_checksum_shows_leaves_nothing(origin: 
     data, target = content(), tmp_path / "out" / "photos.tgz"
     origin.put("photos.tgz", data)
     with serving(origin.server(Faults(wrong_byte=1.0))) as server, pytest.raises(DataError, match="sha256 is .*expec"):
-        download([f"{origin.serve_from(server)}/photos.tgz"], target, expected(data, pieces=False))
+        download([f"{origin.serve_from(server)}/photos.tgz"], target, expected(data, each_piece=False))
     assert files(target.parent) == [".photos.tgz.lock"]
     assert server.sent <= 1.1 * SIZE
 
@@ -196,8 +197,8 @@ def test_a_killed_process_loses_little(origin: Origin, tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from svip.data import s3, sources, transfer
-transfer.PIECE, transfer.SAVED_EVERY, s3.CHUNK, sources.CHUNK = int(sys.argv[3]), 1 << 18, 1 << 14, 1 << 14
+from svip.data import pieces, s3, sources, transfer
+pieces.PIECE, pieces.SAVED_EVERY, s3.CHUNK, sources.CHUNK = int(sys.argv[3]), 1 << 18, 1 << 14, 1 << 14
 transfer.download([sys.argv[1]], Path(sys.argv[2]))
 """
 

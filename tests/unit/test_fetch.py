@@ -17,9 +17,10 @@ from svip.data import catalog, sources
 from svip.data.bundle import DataError
 from svip.data.catalog import CATALOG, XLSA17, Archive
 from svip.data.fetch import archives_of, fetch, mirror, present
+from svip.data.pieces import Patience
 from svip.data.prepare import prepare_data
 from svip.data.sources import HttpSource, Interrupted
-from svip.data.transfer import Expected, Patience, Record, download, local_copy
+from svip.data.transfer import Expected, Record, download, local_copy
 
 
 def xlsa17(folder: Path, paths: tuple[str, ...] = XLSA17.holds) -> Path:
@@ -176,7 +177,7 @@ def test_one_command_ends_with_a_bundle(shared: Path, tmp_path: Path, monkeypatc
     from svip.config import load_config
 
     (tmp_path / "team").mkdir()
-    photos = sorted((shared / "data/cub/CUB_200_2011/images").rglob("*.jpg"))[:300:3]
+    photos = sorted((shared / "data/cub/CUB_200_2011/images").rglob("*.jpg"))[::10]
     with tarfile.open(tmp_path / "team" / "cub.tgz", "w:gz") as archive:
         for path in (shared / "data/cub/CUB_200_2011").rglob("*"):
             if path.suffix == ".txt" or path in photos:
@@ -189,8 +190,8 @@ def test_one_command_ends_with_a_bundle(shared: Path, tmp_path: Path, monkeypatc
     spec = dataclasses.replace(CATALOG["cub"], archives=(parts, XLSA17))
     monkeypatch.setitem(CATALOG, "cub", spec)
     monkeypatch.setitem(catalog.PACKAGES, "cub", spec)
-    config = load_config("paper/cub", [f"data.root={tmp_path / 'data'}", f"data.mirror={tmp_path / 'team'}"])
+    config = load_config("development/cub", [f"data.root={tmp_path / 'data'}", f"data.mirror={tmp_path / 'team'}"])
     config.data.allow_missing, config.data.store_size = True, 32
     bundle = prepare_data(config, tmp_path / "bundle")
-    assert len(bundle.split) == 100
+    assert len(bundle.split) == len(photos) == 441
     assert "mirror" not in bundle.info["settings"]
