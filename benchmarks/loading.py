@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -30,6 +31,8 @@ from svip.config import DataConfig
 from svip.data.bundle import Bundle
 from svip.data.images import EpochBatches, ImageDataset, loader
 
+DRAWN = 20_000
+"""Images that are read of each bundle to compare their sizes."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREPARE = [transforms.Resize(256), transforms.CenterCrop(224)]
 FLIP = transforms.RandomHorizontalFlip()
@@ -69,18 +72,19 @@ def read_files(photos: list[Path], steps: list[torch.nn.Module]) -> float:
     return rate(len(photos), lambda: sum(len(images) for images in batches))
 
 
-def read_bundle(bundle: Bundle, train: bool, view: str, normalize: bool = False, epochs: int = 1) -> float:
+def read_bundle(
+    bundle: Bundle, train: bool, view: str, normalize: bool = False, rows: NDArray[np.int64] | None = None
+) -> float:
     data = DataConfig(train_view=view, test_view=view if view == "squash" else "center")
-    dataset = ImageDataset(bundle, np.arange(len(bundle.split)), data, train, seed=0)
+    dataset = ImageDataset(bundle, np.arange(len(bundle.split)) if rows is None else rows, data, train, seed=0)
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
 
     def run() -> None:
-        for epoch in range(epochs):
-            for images, _, _ in loader(dataset, EpochBatches(len(dataset), BATCH, 0, epoch), WORKERS):
-                if normalize:
-                    images.float().sub_(mean).div_(std)
+        for images, _, _ in loader(dataset, EpochBatches(len(dataset), BATCH, 0, 0), WORKERS):
+            if normalize:
+                images.float().sub_(mean).div_(std)
 
-    return rate(len(dataset) * epochs, run)
+    return rate(len(dataset), run)
 
 
 def throughput(folder: Path, photos: list[Path], rounds: int) -> str:
@@ -89,8 +93,8 @@ def throughput(folder: Path, photos: list[Path], rounds: int) -> str:
     for name, (train, view, steps) in VIEWS.items():
         runs = {
             "files": partial(read_files, photos[:: max(1, len(photos) // 2000)], steps),
-            "bundle": partial(read_bundle, bundle, train, view, epochs=2),
-            "normalised": partial(read_bundle, bundle, train, view, normalize=True, epochs=2),
+            "bundle": partial(read_bundle, bundle, train, view),
+            "normalised": partial(read_bundle, bundle, train, view, normalize=True),
         }
         rates = best_of(rounds, runs)
         ratios = (f"{rates[key] / rates['files']:.1f}" for key in ("bundle", "normalised"))
@@ -114,12 +118,14 @@ def worker_memory(bundle: Bundle) -> dict[str, float]:
     return {key: max(size[key] for size in sizes) for key in ("Rss", "Pss", "Uss")}
 
 
-def scale(folder: Path) -> str:
-    rows = []
+def scale(folder: Path, rounds: int) -> str:
+    runs = {}
     for count in (1_000, 10_000, 40_000):
         bundle = sparse_bundle(folder / str(count), count)
-        best = best_of(2, {"all": partial(read_bundle, bundle, True, "center", epochs=20_000 // count or 1)})["all"]
-        rows.append([f"{count:,}", f"{1e6 / best:.0f}"])
+        drawn = np.random.default_rng(0).integers(count, size=DRAWN)
+        runs[f"{count:,}"] = partial(read_bundle, bundle, True, "center", rows=drawn)
+    rates = best_of(rounds, runs)
+    rows = [[name, f"{1e6 / value:.0f}"] for name, value in rates.items()]
     sun = sparse_bundle(folder / "sun", 14_340)
     sizes = [
         [name, *(f"{value:.0f}" for value in worker_memory(bundle).values())]
@@ -143,7 +149,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        sizes = scale(Path(folder))  # first: forked workers have all that this process ever loaded
+        sizes = scale(Path(folder), given.rounds)  # first: forked workers have all that this process ever loaded
         text = throughput(Path(folder), real_photos(), given.rounds)
     publish(f"{text}\n{sizes}", given.out)
 

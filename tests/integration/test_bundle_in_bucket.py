@@ -44,7 +44,8 @@ def bundle(tmp_path: Path) -> Bundle:
 def test_a_pushed_bundle_is_fetched_once_and_mapped(bundle: Bundle, bucket: str, tmp_path: Path) -> None:
     address = f"{bucket}/bundles/small/"
     assert steps.push_bundle(str(bundle.path), address) == bundle.sha256
-    assert set(s3.list_sizes(bucket)) == {f"bundles/small/{file.name}" for file in bundle.path.iterdir()}
+    stored = s3.client().list_objects_v2(Bucket=bucket[5:])["Contents"]
+    assert {entry["Key"] for entry in stored} == {f"bundles/small/{file.name}" for file in bundle.path.iterdir()}
     fetched = remote.open_bundle(address)
     folder = tmp_path / "cache" / "bundles" / bucket[5:] / "bundles" / "small"
     assert fetched.path == folder
