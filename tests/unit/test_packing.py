@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def photos(tmp_path: Path) -> Path:
 def split(order: list[int] | None = None) -> Split:
     names = [f"{number:02}.png" for number in order or range(COUNT)]
     images = pd.DataFrame({"path": names, "class_id": 0, "role": "train"})
-    return Split(images, pd.DataFrame({"name": ["a"], "role": ["train"], "red": np.float32([1])}), [], [])
+    return Split(images, pd.DataFrame({"name": ["a"], "role": ["train"], "red": np.ones(1, np.float32)}), [], [])
 
 
 def pack(photos: Path, out: Path, store_size: int = SIZE) -> Bundle:
@@ -61,9 +61,9 @@ def decoded_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = prepare._try_decode
 
-    def note(file: Path, store_size: int) -> Any:
+    def note(file: Path, *rest: Any) -> Any:
         names.append(file.name)
-        return original(file, store_size)
+        return original(file, *rest)
 
     monkeypatch.setattr(prepare, "_try_decode", note)
     return names
@@ -119,8 +119,8 @@ def test_only_what_is_intact_and_of_the_same_origin_is_kept(
     assert len(interrupted(store_size=10)) == COUNT
     Image.new("RGB", (50, 20), (0, 9, 0)).save(photos / "00.png")
     assert len(interrupted(store_size=10)) == COUNT
-    for file, original in bad.items():
-        file.write_bytes(original)
+    for photo, original in bad.items():
+        photo.write_bytes(original)
     assert pack(photos, tmp_path / "out", 10).image(0).shape == (10, 25, 3)
     assert not work.exists()
 
@@ -129,9 +129,9 @@ def test_a_killed_packing_goes_on_where_it_was(photos: Path, tmp_path: Path, mon
     program = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
         "from svip.data import prepare; import test_packing as tests; original = prepare._try_decode\n"
-        "def slow(file, size):\n"
+        "def slow(file, *rest):\n"
         "    time.sleep(60 * (file.name >= '20.png'))\n"
-        "    return original(file, size)\n"
+        "    return original(file, *rest)\n"
         "prepare._try_decode = slow; tests.pack(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     out, journal = tmp_path / "out", tmp_path / ".out.part" / "journal.jsonl"
@@ -169,7 +169,7 @@ def test_a_full_disk_is_noticed_before_anything_is_decoded(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = COUNT * PIXELS - 1
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     names = decoded_by(monkeypatch)
     with pytest.raises(DataError, match="30 photos take about .* GB, but only .* make room"):
         pack(photos, tmp_path / "out")
