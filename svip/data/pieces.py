@@ -84,7 +84,7 @@ class Partial:
 
         ``certain``: a checksum of the whole is known, so that even a file without a version can be gone on with.
         """
-        of = {"address": address, "size": found.size, "version": found.version}
+        of = {"address": address, "size": found.size, "version": found.version, "ranges": found.ranges}
         if of == self._of and (certain or found.version) and found.size is not None:
             self._drop_wrong_pieces()
             log.info("%s: going on at %s of %s bytes", self.target.name, f"{self.received:,}", f"{found.size:,}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import boto3
     from botocore.client import BaseClient
 
-PART = 16 << 20
+PART = 8 << 20
 """Bytes of one part of an upload; larger files go up in parts, each repeated by itself."""
 NOT_THERE = {"404", "NoSuchKey", "NotFound"}
 
