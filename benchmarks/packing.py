@@ -24,13 +24,16 @@ from svip.data.prepare import pack
 from svip.data.splits import Split
 
 STORE_SIZE = 256
+GRAIN = 12
 CORES = len(os.sched_getaffinity(0))
 
 
 def enlarge(photo: Path, target: Path) -> None:
-    """As large as the photos of CUB-200-2011 are: 500 pixels; those of the partial download are cut out of them."""
+    """As a photo of CUB-200-2011 is: 500 pixels, about 97 kB. Those of the partial download are cut out and smooth."""
     with Image.open(photo) as image:
-        image.resize((500, 400), Image.Resampling.BICUBIC).save(target, quality=92)
+        smooth = np.asarray(image.resize((500, 400), Image.Resampling.BICUBIC), np.float32)
+    grain = np.random.default_rng(0).normal(0, GRAIN, smooth.shape)
+    Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(target, quality=92)
 
 
 def one(file: Path) -> int:
