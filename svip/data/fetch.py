@@ -23,7 +23,7 @@ from svip.data.archives import extract
 from svip.data.catalog import CATALOG, PACKAGES, Archive
 from svip.data.errors import DataError
 from svip.data.pieces import PIECE, piece_digests, write_json
-from svip.data.sources import Interrupted, is_remote
+from svip.data.sources import Interrupted, is_remote, shown
 from svip.data.transfer import Expected, Record, download, locked, open_source, read_bytes
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def mirror(name: str, root: Path, to: str) -> list[str]:
     archive was not fetched, or is not the published one.
     """
     if is_remote(to) and not to.startswith("s3://"):
-        raise DataError(f"{to}: files can be put on s3://bucket/prefix or into a folder")
+        raise DataError(f"{shown(to)}: files can be put on s3://bucket/prefix or into a folder")
     copied = []
     for archive in archives_of(name):
         place = _place(archive, root)
@@ -142,17 +142,17 @@ def _as_mirrored(archive: Archive, mirror: str) -> Expected | None:
     """What the mirror's notes say; None where it has none for this archive (somebody's folder of downloads)."""
     notes = _notes(archive, mirror)
     if notes is None:
-        log.warning("%s has no %s.parts.json: only the whole file can be checked", mirror, archive.name)
+        log.warning("%s has no %s.parts.json: only the whole file can be checked", shown(mirror), archive.name)
         return None
     if archive.sha256 not in (None, notes["sha256"]):
-        raise DataError(f"{mirror}: its {archive.name} is not the published one; mirror it again")
+        raise DataError(f"{shown(mirror)}: its {archive.name} is not the published one; mirror it again")
     pieces = tuple(notes["pieces"]) if notes["piece"] == PIECE else ()
     return Expected(
         size=notes["size"],
         md5=archive.md5,
         sha256=notes["sha256"],
         pieces=pieces,
-        known_from=f"as mirrored at {mirror}",
+        known_from=f"as mirrored at {shown(mirror)}",
     )
 
 
@@ -170,7 +170,7 @@ def _notes(archive: Archive, mirror: str) -> dict[str, Any] | None:
             return dict(notes)
     except (ValueError, AttributeError):
         pass
-    raise DataError(f"{address} does not hold the checksums of an archive; remove it, or mirror again")
+    raise DataError(f"{shown(address)} does not hold the checksums of an archive; remove it, or mirror again")
 
 
 def _is_mirrored(archive: Archive, record: Record, to: str) -> bool:
@@ -200,4 +200,6 @@ def _put(file: Path, address: str) -> None:
 
 
 def _join(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}"
+    """A query, such as the signature of a folder, stays at the end."""
+    place, mark, query = folder.partition("?") if is_remote(folder) else (folder, "", "")
+    return f"{place.rstrip('/')}/{name}{mark}{query}"

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import botocore.exceptions
 
 from svip.data.errors import DataError
-from svip.data.sources import CHUNK, CONNECT, STALL, Changed, Description, Interrupted, exactly, seconds_asked
+from svip.data.sources import CHUNK, CONNECT, STALL, Changed, Description, Interrupted, exactly, seconds_asked, shown
 
 if TYPE_CHECKING:
     import boto3
@@ -65,7 +65,7 @@ class S3Source:
     """An object; see ``sources.Source``. Who reads it has the patience, so each request is made but once."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
+        self.address = shown(address)
         self._bucket, self._key = split_address(address)
 
     def describe(self) -> Description:

@@ -7,6 +7,7 @@ was asked for or an error: Interrupted (try again), Changed (start anew), or a p
 from __future__ import annotations
 
 import email.utils
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -62,6 +63,15 @@ def is_remote(address: str) -> bool:
     return address.startswith(("http://", "https://", "s3://"))
 
 
+def shown(address: str) -> str:
+    """The address as messages may have it: without user, password and query. A path is shown as it is."""
+    if not is_remote(address):
+        return address
+    scheme, _, rest = re.split("[?#]", address, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def exactly(chunks: Iterable[bytes], expected: int | None, address: str) -> Iterator[bytes]:
     """The chunks; Interrupted where they are fewer or more bytes than expected."""
     total = 0
@@ -106,8 +116,7 @@ class HttpSource:
     def __init__(self, url: str) -> None:
         self._url = url
         self._session = requests.Session()  # keeps connections open between pieces
-        parts = urlsplit(url)
-        self.address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        self.address = shown(url)
 
     def describe(self) -> Description:
         with self._get({"Range": "bytes=0-0"}) as answer:

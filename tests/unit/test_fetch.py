@@ -19,7 +19,7 @@ from svip.data.errors import DataError
 from svip.data.fetch import archives_of, fetch, mirror, present
 from svip.data.pieces import Patience
 from svip.data.prepare import prepare_data
-from svip.data.sources import HttpSource, Interrupted
+from svip.data.sources import HttpSource, Interrupted, shown
 from svip.data.transfer import Expected, Record, download, local_copy
 
 
@@ -137,6 +137,32 @@ def test_no_secret_of_an_address_is_in_a_message() -> None:
     with pytest.raises(Interrupted) as error:
         source.describe()
     assert str(error.value) == "http://127.0.0.1:9/a.zip: the connection was refused"
+
+
+def test_an_address_is_shown_without_user_password_and_query() -> None:
+    assert shown("http://bob:p@w@a.org:80/x/y.zip?sig=1#2") == "http://a.org:80/x/y.zip"
+    assert shown("https://a.org?sig=a/b@c") == "https://a.org"
+    assert shown("s3://key:secret@team/zsl") == "s3://team/zsl"
+    assert shown("/home/bob@a.org/what?/x") == "/home/bob@a.org/what?/x"
+
+
+def test_no_secret_of_a_mirror_is_in_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mirror").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_address[1]}/mirror"
+        secret = f"http://bob:hunter2@{host}/?sig=hunter2"
+        with pytest.raises(DataError, match=f"http://{host}/xlsa17.zip: answered 404") as error:
+            fetch("xlsa17", tmp_path / "data", secret)
+        (tmp_path / "mirror" / "xlsa17.zip.parts.json").write_text("[]")
+        with pytest.raises(DataError, match=f"http://{host}/xlsa17.zip.parts.json does not hold") as damaged:
+            fetch("xlsa17", tmp_path / "data", secret)
+        server.shutdown()
+    with pytest.raises(DataError, match=f"http://{host}/: files can be put on") as refused:
+        mirror("xlsa17", tmp_path / "data", secret)
+    assert "has no xlsa17.zip.parts.json" in caplog.text
+    assert "hunter2" not in f"{caplog.text} {error.value} {damaged.value} {refused.value}"
 
 
 def test_pauses_are_random_bounded_and_no_shorter_than_asked() -> None:
