@@ -12,7 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 PIECE = 8 << 20
 """Bytes that one request asks for; a mirror's checksums are of pieces of this size."""
-SAVED_EVERY = 4 << 20
-"""Bytes between two notes of what is there, and so what a killed process may lose at most, times its connections."""
+SAVED_EVERY = 0.2
+"""Seconds between two notes of what is there: what came since the last one is lost if the process is killed."""
 LONGEST_WAIT = 60.0
 """Seconds that a server's Retry-After is honoured for, at most."""
 
@@ -58,10 +58,8 @@ class Partial:
         self.path = target.with_name(f".{target.name}.part")
         self._note = target.with_name(f".{target.name}.part.json")
         self._digests = digests
-        self._lock = threading.Lock()
-        self._unsaved = 0
         self._had: list[int] = []
-        """Of each piece, the bytes from its beginning on that are there."""
+        """Of each piece, the bytes from its beginning on that are there; one thread writes a piece."""
         self._of: dict[str, Any] = {}
         """Address, size and version of the file that the bytes are of."""
         try:
@@ -103,18 +101,27 @@ class Partial:
         bar = tqdm(
             total=found.size, initial=self.received, desc=self.target.name, unit="B", unit_scale=True, disable=None
         )
-        with open(self.path, "r+b") as file, bar, ThreadPoolExecutor(connections) as pool:
-            jobs = [
-                pool.submit(self._receive_piece, file.fileno(), piece, source, found, patience, stop, bar.update)
-                for piece in range(len(self._had))
-            ]
+        with open(self.path, "r+b") as file, bar:
             try:
-                for job in as_completed(jobs):
-                    job.result()
+                with ThreadPoolExecutor(connections) as pool:
+                    waiting = {
+                        pool.submit(
+                            self._receive_piece, file.fileno(), piece, source, found, patience, stop, bar.update
+                        )
+                        for piece in range(len(self._had))
+                    }
+                    try:
+                        while waiting:
+                            done, waiting = wait(waiting, SAVED_EVERY, FIRST_EXCEPTION)
+                            for job in done:
+                                job.result()
+                            if waiting:
+                                self._save(file.fileno())  # by this thread alone: no connection waits for the disk
+                    finally:
+                        stop.set()
+                        for job in waiting:
+                            job.cancel()
             finally:
-                stop.set()
-                for job in jobs:
-                    job.cancel()
                 self._save(file.fileno())
 
     def discard(self) -> None:
@@ -161,19 +168,17 @@ class Partial:
                 return
 
     def _put(self, file: int, piece: int, begin: int, chunk: bytes) -> None:
-        os.pwrite(file, chunk, begin + self._had[piece])
-        with self._lock:
-            self._had[piece] += len(chunk)
-            self._unsaved += len(chunk)
-            if self._unsaved >= SAVED_EVERY:
-                self._save(file)
+        left = memoryview(chunk)
+        while left:  # a disk that fills up takes a part of it first
+            written = os.pwrite(file, left, begin + self._had[piece])
+            self._had[piece] += written
+            left = left[written:]
 
     def _save(self, file: int) -> None:
         """The bytes reach the disk before the note that says so."""
         had = list(self._had)
         os.fdatasync(file)
         write_json(self._note, {"of": self._of, "had": had})
-        self._unsaved = 0
 
     def _span(self, piece: int, size: int | None) -> tuple[int, int | None]:
         if len(self._had) == 1:

@@ -10,6 +10,7 @@ import email.utils
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -92,15 +93,16 @@ class FileSource:
         self.address = str(self._path)
 
     def describe(self) -> Description:
-        if not self._path.is_file():
-            raise DataError(f"{self.address}: there is no such file")
-        state = self._path.stat()
+        with self._explained():
+            if not self._path.is_file():
+                raise DataError(f"{self.address}: there is no such file")
+            state = self._path.stat()
         return Description(state.st_size, str(state.st_mtime_ns), ranges=True)
 
     def read(self, start: int, stop: int | None, of: Description) -> Iterator[bytes]:
         if self.describe() != of:
             raise Changed(f"{self.address} was changed")
-        with open(self._path, "rb") as file:
+        with self._explained(), open(self._path, "rb") as file:
             file.seek(start)
             left = (of.size or 0) - start if stop is None else stop - start
             while chunk := file.read(min(CHUNK, left)):
@@ -108,6 +110,14 @@ class FileSource:
                 yield chunk
         if left:
             raise Changed(f"{self.address} became shorter")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An address that can't be read is not the fault of the disk that is written to."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"{self.address}: can't be read ({error.strerror})") from error
 
 
 class HttpSource:

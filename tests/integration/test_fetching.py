@@ -46,7 +46,7 @@ SPOILT: dict[str, Faults] = {
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megabytes here stand for gigabytes."""
     monkeypatch.setattr(pieces, "PIECE", PIECE)
-    monkeypatch.setattr(pieces, "SAVED_EVERY", 1 << 18)
+    monkeypatch.setattr(pieces, "SAVED_EVERY", 0.01)
     monkeypatch.setattr(fetch, "PIECE", PIECE)
     for module in (sources, s3):
         monkeypatch.setattr(module, "CHUNK", 1 << 14)
@@ -198,7 +198,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from svip.data import pieces, s3, sources, transfer
-pieces.PIECE, pieces.SAVED_EVERY, s3.CHUNK, sources.CHUNK = int(sys.argv[3]), 1 << 18, 1 << 14, 1 << 14
+pieces.PIECE, pieces.SAVED_EVERY, s3.CHUNK, sources.CHUNK = int(sys.argv[3]), 0.01, 1 << 14, 1 << 14
 transfer.download([sys.argv[1]], Path(sys.argv[2]))
 """
 
