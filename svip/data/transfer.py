@@ -93,22 +93,23 @@ def download(
     room: float = 1.0,
     connections: int = 4,
     patience: Patience | None = None,
+    replace: bool = False,
 ) -> Record:
     """Fetch one file from the first of its addresses that has it, going on from what an earlier call left behind.
 
     ``room``: the disk needed, in sizes of the file: more than 1 where it is going to be unpacked. ``connections``
     at once, where the server can do ranges. A second process waits for the first. A ``target`` that is
-    there already is checked once and then believed. DataError when no address gave the expected file: each is named
-    with what happened.
+    there already is checked once and then believed; with ``replace`` it is held for out of date, and stays until the
+    new one is whole. DataError when no address gave the expected file: each is named with what happened.
     """
     target, expected, patience = target.resolve(), expected or Expected(), patience or Patience()
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
-        known = Record.read(target)
+        known = None if replace else Record.read(target)
         if known and not expected.sha256:
             origin = f"as fetched {known.fetched}; if its owners changed it since, remove {Record.path(target)} too"
             expected = dataclasses.replace(expected, size=known.size, sha256=known.sha256, known_from=origin)
-        if target.exists():
+        if target.exists() and not replace:
             return _check_present(target, known, expected)
         part = Partial(target, expected.pieces)
         failures = []
@@ -139,19 +140,21 @@ def local_copy(uri: str, cache: Path | None = None) -> Path:
     source = open_source(uri)
     name = re.sub(r"[^\w.+-]", "_", source.address.rstrip("/").rpartition("/")[2])
     target = (cache or cache_folder()) / hashlib.sha256(uri.encode()).hexdigest()[:12] / name
-    record = Record.read(target) if target.exists() else None
     try:
         found = _patiently(source.describe, Patience())
     except DataError as error:
+        record = Record.read(target) if target.exists() else None
         if record is None:
             raise
         log.warning("%s; using the copy of %s", error, record.fetched)
         return target
-    if record and (record.size, record.version) != (found.size, found.version):
-        log.warning("%s has changed since %s; fetching it again", source.address, record.fetched)
-        Record.path(target).unlink()
-        target.unlink()
-    download([uri], target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        record = Record.read(target) if target.exists() else None
+        changed = record is not None and (record.size, record.version) != (found.size, found.version)
+        if record and changed:
+            log.warning("%s has changed since %s; fetching it again", source.address, record.fetched)
+        download([uri], target, replace=changed)
     return target
 
 

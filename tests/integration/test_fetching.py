@@ -10,6 +10,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,6 +292,26 @@ def test_local_copy_fetches_once_and_again_when_the_file_has_changed(origin: Ori
         assert local_copy(address, tmp_path / "cache").read_bytes() == b"two 2 2\n"
     server.server_close()
     assert local_copy(address, tmp_path / "cache").read_bytes() == b"two 2 2\n"  # out of reach: the copy serves
+
+
+def test_a_changed_file_is_fetched_once_by_many_and_the_old_copy_serves_until_then(tmp_path: Path) -> None:
+    (tmp_path / "www").mkdir()
+    origin = Origin(tmp_path / "www", lambda server: server.address)
+    origin.put("words.txt", b"old")
+    old, new, cache = b"old", content(), tmp_path / "cache"
+    with serving(origin.server()) as server:
+        address = f"{server.address}/words.txt"
+        copy = local_copy(address, cache)
+        origin.put("words.txt", new)
+        meanwhile: list[bytes] = []
+        before = server.sent
+        server.at_bytes = (SIZE // 2, lambda: meanwhile.append(copy.read_bytes()))
+        with ThreadPoolExecutor(6) as pool:
+            copies = list(pool.map(lambda _: local_copy(address, cache), range(6)))
+    assert meanwhile == [old]
+    assert copies == [copy] * 6
+    assert copy.read_bytes() == new
+    assert server.sent - before <= SIZE + 12  # and a byte for each look at its size
 
 
 @pytest.mark.parametrize(
