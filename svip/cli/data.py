@@ -65,16 +65,22 @@ def fetch(
     discard_archives: Annotated[
         bool, typer.Option("--discard-archives", help="Remove each archive once it is unpacked.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Unpack what is there already anew: photos are missing, or were changed.")
+    ] = False,
 ) -> None:
     """Download, check and unpack a data set or word vectors; what was interrupted goes on where it was."""
     from svip.data import fetch as fetching  # not by svip.steps, which loads PyTorch first
 
     table = numbers_table(["archive", "unpacked to", "sha256"], ["bytes"])
-    for there in fetching.fetch(name, root, mirror, discard_archives=discard_archives):
+    for there in fetching.fetch(name, root, mirror, discard_archives=discard_archives, again=again):
         known = there.record
         place = str(root / there.archive.folder) if there.archive.holds else str(root / "archives")
         table.add_row(
-            there.archive.name, place, known.sha256[:12] if known else "not checked", f"{known.size:,}" if known else ""
+            there.archive.name,
+            place,
+            known.sha256[:12] if known else "found, not checked",
+            f"{known.size:,}" if known else "",
         )
     console.print(table)
 

@@ -28,6 +28,8 @@ class Archive:
     """Folder below the root that it is extracted into; empty: the root itself."""
     holds: tuple[str, ...] = ()
     """Paths below ``folder`` that must exist once it is extracted."""
+    unpacked: float = 1.2
+    """Disk that its content takes, in sizes of the archive: photos gain little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +235,7 @@ PACKAGES: dict[str, Package] = CATALOG | {
                     sha256="617afb2fe6cbd085c235baf7a465b96f4112bd7f7ccb2b2cbd649fed9cbcf2fb",
                     folder="word_vectors",
                     holds=("glove.6B.300d.txt",),
+                    unpacked=2.61,  # 2,249,862,459 bytes in four files
                 ),
             ),
             **GLOVE,
@@ -248,6 +251,7 @@ PACKAGES: dict[str, Package] = CATALOG | {
                     sha256="c06db255e65095393609f19a4cfca20bf3a71e20cc53e892aafa490347e3849f",
                     folder="word_vectors",
                     holds=("glove.840B.300d.txt",),
+                    unpacked=2.6,  # 5,646,236,541 bytes
                 ),
             ),
             **GLOVE,

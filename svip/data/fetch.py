@@ -11,10 +11,12 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from tqdm import tqdm
 
@@ -23,15 +25,13 @@ from svip.data.archives import extract
 from svip.data.catalog import CATALOG, PACKAGES, Archive
 from svip.data.errors import DataError
 from svip.data.pieces import PIECE, piece_digests, write_json
-from svip.data.sources import Interrupted, is_remote, shown
-from svip.data.transfer import Expected, Record, download, locked, open_source, read_bytes
+from svip.data.sources import CHUNK, Interrupted, is_remote, shown
+from svip.data.transfer import Expected, Record, download, locked, need_room, open_source, read_bytes
 
 log = logging.getLogger(__name__)
 
 WEB = "web"
 """In place of a mirror: the addresses of the owners."""
-ROOM = 2.2
-"""Disk needed to fetch and unpack, in sizes of the archive: photos gain little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +46,27 @@ class Presence:
     """None where it was put there by other means, and so never checked."""
 
 
-def fetch(name: str, root: Path, mirror: str = WEB, *, discard_archives: bool = False) -> list[Presence]:
+def fetch(
+    name: str, root: Path, mirror: str = WEB, *, discard_archives: bool = False, again: bool = False
+) -> list[Presence]:
     """Download, check and unpack what ``name`` consists of ("all": every data set), and say what is there.
 
-    ``mirror``: ``web``, or the s3:// address, URL or folder that ``mirror`` filled. What is complete is not touched.
+    ``mirror``: ``web``, or the s3:// address, URL or folder that ``mirror`` filled. What is complete is not touched,
+    unless ``again``: then its archives are unpacked over it, and fetched where they are not there.
     ``discard_archives`` removes each archive once it is unpacked. DataError when an archive can't be fetched.
     """
-    (root / "archives").mkdir(parents=True, exist_ok=True)
     for archive in archives_of(name):
-        with locked(_place(archive, root)):
-            if presence(archive, root).complete:
-                log.info("%s is there", archive.name)
-            else:
+        place, there = _place(archive, root), presence(archive, root)
+        discard = discard_archives and bool(archive.holds)
+        if there.complete and not again and not (discard and there.downloaded):
+            _say_found(there, root)
+            continue  # without a lock: the root may be one that can only be read
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with locked(place):
+            if again or not presence(archive, root).complete:
                 _fetch_archive(archive, root, mirror)
-            if archive.holds and discard_archives:
-                _place(archive, root).unlink(missing_ok=True)
+            if discard:
+                place.unlink(missing_ok=True)
     return present(name, root)
 
 
@@ -76,17 +82,19 @@ def mirror(name: str, root: Path, to: str) -> list[str]:
     for archive in archives_of(name):
         place = _place(archive, root)
         if not place.exists():
-            raise DataError(f"{place} is not there; run `svip fetch {name}` first, without --discard-archives")
+            again = " --again" if presence(archive, root).complete else ""
+            command = f"svip fetch {name} --root {root}{again}"
+            raise DataError(f"{place} is not there; run `{command}` first, without --discard-archives")
         record = download((), place, _published(archive))  # checks it, unless that was done
         if _is_mirrored(archive, record, to):
             log.info("%s is mirrored already", archive.name)
             continue
         parts = {"size": record.size, "sha256": record.sha256, "piece": PIECE, "pieces": piece_digests(place)}
-        notes = place.with_name(f".{archive.name}.parts.json")
-        write_json(notes, parts)
         _put(place, _join(to, archive.name))
-        _put(notes, _join(to, f"{archive.name}.parts.json"))
-        notes.unlink()
+        with TemporaryDirectory() as folder:
+            notes = Path(folder) / f"{archive.name}.parts.json"
+            write_json(notes, parts)
+            _put(notes, _join(to, notes.name))
         copied.append(archive.name)
     return copied
 
@@ -97,11 +105,26 @@ def present(name: str, root: Path) -> list[Presence]:
 
 
 def presence(archive: Archive, root: Path) -> Presence:
+    """What was unpacked by other means is taken for complete as soon as all of ``holds`` exists."""
     place = _place(archive, root)
     record, downloaded = Record.read(place), place.exists()
-    held = bool(archive.holds) and all((root / archive.folder / path).exists() for path in archive.holds)
-    complete = held if archive.holds else downloaded and record is not None
+    if archive.holds:
+        held = all((root / archive.folder / path).exists() for path in archive.holds)
+        complete = held and (record is None or record.extracted is not None)
+    else:
+        complete = downloaded and record is not None
     return Presence(archive=archive, downloaded=downloaded, complete=complete, record=record)
+
+
+def _say_found(there: Presence, root: Path) -> None:
+    if there.record:
+        log.info("%s is there", there.archive.name)
+        return
+    log.warning(
+        "what %s holds was found in %s, not checked; `svip fetch --again` replaces it",
+        there.archive.name,
+        root / there.archive.folder,
+    )
 
 
 def archives_of(name: str) -> list[Archive]:
@@ -124,11 +147,16 @@ def _fetch_archive(archive: Archive, root: Path, mirror: str) -> None:
     place, expected, addresses = _place(archive, root), _published(archive), archive.urls
     if mirror != WEB:
         addresses = (_join(mirror, archive.name),)
-        expected = _as_mirrored(archive, mirror) or expected
-    record = download(addresses, place, expected, room=ROOM if archive.holds else 1.0)
+        expected = _as_mirrored(archive, place, mirror) or expected
+    record = download(addresses, place, expected, room=1 + archive.unpacked if archive.holds else 1.0)
     if not archive.holds:
         return
     folder = root / archive.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    need_room(folder, int(archive.unpacked * record.size), f"unpack {archive.name}")
+    # a kill while it is unpacked must not look like the end of an earlier time
+    record = dataclasses.replace(record, extracted=None)
+    record.write(place)
     entries = extract(place, folder)
     missing = [path for path in archive.holds if not (folder / path).exists()]
     if missing:
@@ -138,14 +166,19 @@ def _fetch_archive(archive: Archive, root: Path, mirror: str) -> None:
     dataclasses.replace(record, extracted=entries).write(place)
 
 
-def _as_mirrored(archive: Archive, mirror: str) -> Expected | None:
+def _as_mirrored(archive: Archive, place: Path, mirror: str) -> Expected | None:
     """What the mirror's notes say; None where it has none for this archive (somebody's folder of downloads)."""
-    notes = _notes(archive, mirror)
+    notes, known = _notes(archive, mirror), Record.read(place)
     if notes is None:
         log.warning("%s has no %s.parts.json: only the whole file can be checked", shown(mirror), archive.name)
         return None
     if archive.sha256 not in (None, notes["sha256"]):
         raise DataError(f"{shown(mirror)}: its {archive.name} is not the published one; mirror it again")
+    if archive.sha256 is None and known and known.sha256 != notes["sha256"]:
+        raise DataError(
+            f"{shown(mirror)}: its {archive.name} is another than the one fetched {known.fetched} from {known.source}; "
+            f"if its owners changed it since, remove {place} and {Record.path(place)} and run the same command again"
+        )
     pieces = tuple(notes["pieces"]) if notes["piece"] == PIECE else ()
     return Expected(
         size=notes["size"],
@@ -166,9 +199,13 @@ def _notes(archive: Archive, mirror: str) -> dict[str, Any] | None:
         return None
     try:
         notes = json.loads(text)
-        if notes.keys() >= {"size", "sha256", "piece", "pieces"}:
+        if (
+            {type(notes["size"]), type(notes["piece"])} == {int}
+            and isinstance(notes["pieces"], list)
+            and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in [notes["sha256"], *notes["pieces"]])
+        ):
             return dict(notes)
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, KeyError):
         pass
     raise DataError(f"{shown(address)} does not hold the checksums of an archive; remove it, or mirror again")
 
@@ -193,10 +230,17 @@ def _put(file: Path, address: str) -> None:
             return
         target = Path(address)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.draft")
-        shutil.copyfile(file, draft)
-        os.replace(draft, target)
-        bar.update(size)
+        draft = target.with_name(f".{target.name}.{uuid4().hex}.draft")  # another machine may be at it too
+        try:
+            with open(file, "rb") as source, open(draft, "xb") as copy:
+                while chunk := source.read(CHUNK):
+                    copy.write(chunk)
+                    bar.update(len(chunk))
+                copy.flush()
+                os.fsync(copy.fileno())
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def _join(folder: str, name: str) -> str:

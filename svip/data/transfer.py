@@ -210,9 +210,7 @@ def _fetch(
     if found.size is not None and expected.size not in (None, found.size):
         raise DataError(f"{source.address}: has {found.size:,} bytes, expected {expected.size:,}: another file")
     part.begin(source.address, found, certain=bool(expected.sha256 or expected.md5))
-    needed, free = int(room * (found.size or 0)) - part.received, shutil.disk_usage(part.path.parent).free
-    if needed > free:
-        raise NoSpace(f"{part.path.parent}: {needed:,} bytes needed to fetch and unpack, {free:,} free; make room")
+    need_room(part.path.parent, int(room * (found.size or 0)) - part.received, "fetch and unpack")
     try:
         part.receive(source, found, connections, patience)
     except Changed as error:
@@ -230,6 +228,13 @@ def _fetch(
 
 class NoSpace(DataError):
     """The disk is too full, for every address alike."""
+
+
+def need_room(folder: Path, needed: int, purpose: str) -> None:
+    """NoSpace where the disk of ``folder`` has fewer than ``needed`` bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoSpace(f"{folder}: {needed:,} bytes needed to {purpose}, {free:,} free; make room")
 
 
 def _check_present(target: Path, known: Record | None, expected: Expected) -> Record:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import http.server
+import os
 import tarfile
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from svip.cli.shared import app
 from svip.data import catalog, sources
+from svip.data import fetch as fetching
+from svip.data.archives import extract
 from svip.data.catalog import CATALOG, XLSA17, Archive
 from svip.data.errors import DataError
 from svip.data.fetch import archives_of, fetch, mirror, present
@@ -59,6 +63,109 @@ def test_what_was_lost_is_unpacked_again_from_the_archive_that_is_there(tmp_path
     assert (root / XLSA17.holds[1]).read_text() == XLSA17.holds[1]
 
 
+def test_unpacking_that_was_killed_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, root = str(xlsa17(tmp_path / "source")), tmp_path / "data"
+
+    def killed(place: Path, folder: Path) -> list[str]:
+        extract(place, folder)
+        (root / XLSA17.holds[0]).write_text("not yet replaced")
+        raise KeyboardInterrupt
+
+    for again in (False, True):  # the second time over what was complete before
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(fetching, "extract", killed)
+            fetch("xlsa17", root, source, again=again)
+        assert [each.complete for each in present("xlsa17", root)] == [False]
+        fetch("xlsa17", root, source)
+        assert [each.complete for each in present("xlsa17", root)] == [True]
+        assert (root / XLSA17.holds[0]).read_text() == XLSA17.holds[0]
+
+
+def test_what_was_put_there_by_hand_is_used_unchecked_and_nothing_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, root = str(xlsa17(tmp_path / "source")), tmp_path / "data"
+    for path in XLSA17.holds:
+        (root / path).parent.mkdir(parents=True)
+        (root / path).write_text("mine")
+    (there,) = fetch("xlsa17", root, source, discard_archives=True)
+    assert (there.complete, there.record) == (True, None)
+    assert "found in" in caplog.text and "not checked; `svip fetch --again` replaces it" in caplog.text
+    assert names(root) == ["xlsa17"]
+    app(["fetch", "xlsa17", "--root", str(root), "--mirror", source, "--again"], standalone_mode=False)
+    assert [(root / path).read_text() for path in XLSA17.holds] == list(XLSA17.holds)
+
+
+def test_a_mirror_does_not_override_what_is_known_of_an_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, other = tmp_path / "data", tmp_path / "other"
+    fetch("xlsa17", root, str(xlsa17(tmp_path / "source")), discard_archives=True)
+    fetch("xlsa17", other, str(xlsa17(tmp_path / "forged", (*XLSA17.holds, "xlsa17/more"))))
+    mirror("xlsa17", other, str(tmp_path / "mirror"))
+    with pytest.raises(DataError, match="its xlsa17.zip is another than the one fetched .* remove .*xlsa17.zip.json"):
+        fetch("xlsa17", root, str(tmp_path / "mirror"), again=True)
+    assert not (root / "xlsa17/more").exists()
+    (known,) = present("xlsa17", other)
+    assert known.record
+    published = dataclasses.replace(XLSA17, sha256=known.record.sha256)
+    package = dataclasses.replace(catalog.PACKAGES["xlsa17"], archives=(published,))
+    monkeypatch.setitem(catalog.PACKAGES, "xlsa17", package)
+    fetch("xlsa17", root, str(tmp_path / "mirror"), again=True)  # what is published decides
+    assert (root / "xlsa17/more").exists()
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        "[]",
+        "{",
+        '{"size": 9}',
+        '{"size": 9, "sha256": null, "piece": 8388608, "pieces": []}',
+        '{"size": "9", "sha256": "SUM", "piece": 8388608, "pieces": []}',
+        '{"size": 9, "sha256": "SUM", "piece": 8388608, "pieces": null}',
+        '{"size": 9, "sha256": "SUM", "piece": 8388608, "pieces": ["0"]}',
+    ],
+)
+def test_notes_of_a_mirror_that_are_none_are_said_to_be_so(notes: str, tmp_path: Path) -> None:
+    source = xlsa17(tmp_path / "source")
+    (source / "xlsa17.zip.parts.json").write_text(notes.replace("SUM", "0" * 64))
+    with pytest.raises(DataError, match="xlsa17.zip.parts.json does not hold the checksums of an archive; remove it"):
+        fetch("xlsa17", tmp_path / "data", str(source))
+
+
+def test_two_who_mirror_into_one_folder_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, to = tmp_path / "data", tmp_path / "mirror"
+    fetch("xlsa17", root, str(xlsa17(tmp_path / "source")))
+    copied = []
+
+    def sync(file: int, sync: Callable[[int], None] = os.fsync) -> None:
+        monkeypatch.setattr(os, "fsync", before)
+        copied.append(mirror("xlsa17", root, str(to)))  # another, while this one's copy has no name yet
+        sync(file)
+
+    before = os.fsync
+    monkeypatch.setattr(os, "fsync", sync)
+    copied.append(mirror("xlsa17", root, str(to)))
+    assert copied == [["xlsa17.zip"]] * 2
+    assert names(to) == ["xlsa17.zip", "xlsa17.zip.parts.json"]
+    assert (to / "xlsa17.zip").read_bytes() == (tmp_path / "source" / "xlsa17.zip").read_bytes()
+
+
+def test_the_disk_must_hold_what_is_unpacked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = dataclasses.replace(XLSA17, unpacked=1e12)
+    package = dataclasses.replace(catalog.PACKAGES["xlsa17"], archives=(large,))
+    monkeypatch.setitem(catalog.PACKAGES, "xlsa17", package)
+    with pytest.raises(DataError, match="bytes needed to fetch and unpack, .* free; make room"):
+        fetch("xlsa17", tmp_path / "data", str(xlsa17(tmp_path / "source")))
+    xlsa17(tmp_path / "data" / "archives")  # it is there, and its content still needs room
+    with pytest.raises(DataError, match="bytes needed to unpack xlsa17.zip, .* free; make room"):
+        fetch("xlsa17", tmp_path / "data", str(tmp_path / "source"))
+    for name, content in (("glove.6B", 2_249_862_459), ("glove.840B", 5_646_236_541)):
+        (archive,) = archives_of(name)
+        assert archive.size and content <= archive.unpacked * archive.size <= 1.02 * content
+
+
 def test_an_archive_without_what_it_must_hold_is_another_file(tmp_path: Path) -> None:
     source = xlsa17(tmp_path / "source", XLSA17.holds[1:])
     with pytest.raises(DataError, match="holds no xlsa17/data/CUB/att_splits.mat"):
@@ -88,8 +195,15 @@ def test_an_archive_put_there_by_hand_is_checked_and_used(tmp_path: Path) -> Non
 
 
 def test_mirroring_needs_the_archives(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="xlsa17.zip is not there; run `svip fetch xlsa17` first"):
-        mirror("xlsa17", tmp_path, str(tmp_path / "mirror"))
+    root = tmp_path / "data"
+    with pytest.raises(DataError, match=f"xlsa17.zip is not there; run `svip fetch xlsa17 --root {root}` first"):
+        mirror("xlsa17", root, str(tmp_path / "mirror"))
+    source = str(xlsa17(tmp_path / "source"))
+    fetch("xlsa17", root, source, discard_archives=True)
+    with pytest.raises(DataError, match=f"run `svip fetch xlsa17 --root {root} --again` first, without --discard"):
+        mirror("xlsa17", root, str(tmp_path / "mirror"))
+    fetch("xlsa17", root, source, again=True)
+    assert mirror("xlsa17", root, str(tmp_path / "mirror")) == ["xlsa17.zip"]
     with pytest.raises(DataError, match="https://a.org/x: files can be put on s3://bucket/prefix or into a folder"):
         mirror("xlsa17", tmp_path, "https://a.org/x")
 
