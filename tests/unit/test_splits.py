@@ -299,7 +299,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 def test_a_small_file_that_claims_to_hold_much_is_not_read(tmp_path: Path) -> None:
     root = write_root(tmp_path)
     file = xlsa17_folder(SPEC, root) / "att_splits.mat"
-    savemat(file, loadmat(file) | {"att": np.zeros((3200, 3200), np.uint8)}, do_compression=True)
+    variables = {key: value for key, value in loadmat(file).items() if not key.startswith("_")}
+    savemat(file, variables | {"att": np.zeros((3200, 3200), np.uint8)}, do_compression=True)
     assert file.stat().st_size < 100_000
     with pytest.raises(DataError, match=r"att_splits\.mat: no variable allclasses_names, att.* of a sane size"):
         listing_of(root)
