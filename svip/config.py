@@ -30,8 +30,7 @@ class DataConfig:
     """Folder that holds the original archives' content and xlsa17; not used by synthetic. custom: the folder that the
     paths of the images count from, if it is not the one of their table."""
     mirror: str | None = None
-    """Where prepare_data fetches what is missing below ``root``: ``web`` for the owners' addresses, or the s3://
-    address, URL or folder of `svip mirror`. Empty: everything must be there."""
+    """Where prepare_data fetches what is missing below ``root``: ``web`` (the owners), or a mirror's address."""
     images: str | None = None
     """custom: table of the images, CSV or Parquet with the columns path, class and, optionally, role."""
     attributes: str | None = None
@@ -40,8 +39,7 @@ class DataConfig:
     """custom without a split in its tables: share of the classes that are unseen, of the seen ones that are validation
     classes, and of a seen class's images that are for testing."""
     like: str = "none"
-    """synthetic: as many classes, attributes and images, as large, as this real data set has: cub, awa2 or sun. For
-    load tests. none: the toy birds."""
+    """synthetic: as large as this real data set (cub, awa2, sun), for load tests. none: the toy birds."""
     split: str = "standard"
     """standard: the Proposed Split. development: a whole zero-shot problem inside the trainval classes (train classes
     of the fold are seen, its validation classes play the unseen ones), so that the real test photos stay untouched."""
@@ -334,6 +332,9 @@ def validate(config: Config) -> None:
     for key, value in flatten(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value!r}: expected a finite number")
+    for key in ("data.mirror", "semantics.vectors"):
+        if re.match(r"https?://([^/]*@|.*\?)", get_value(config, key) or ""):  # it is saved and tracked with every run
+            raise ConfigError(f"{key}: an address with a password or query; use ~/.netrc, or fetch it beforehand")
     for key, allowed in CHOICES.items():
         if get_value(config, key) not in allowed:
             raise ConfigError(f"{key}={get_value(config, key)!r}: expected one of {', '.join(map(str, allowed))}")

@@ -29,6 +29,8 @@ RATIO, MEMBER_RATIO = 20, 100
 MEMBERS = 1_000_000
 DEEPEST = 32
 """Folders above a file."""
+LONGEST_HEADER = 1 << 20
+"""Bytes between two members of a tar."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def _tar_members(stream: _Counted, file: IO[bytes], archive: Path) -> Iterator[_
                 kind = "a link" if info.islnk() or info.issym() else "neither a plain file nor a folder"
                 raise DataError(f"{archive}: member {info.name!r} is {kind}; refused")
             content = None if info.isdir() else tar.extractfile(info)
+            stream.header = -info.size
             yield _Member(info.name, info.isdir(), content, info.size, info.size, file.tell() - position)
+            stream.header = 0 if content is None else content.tell() - info.size  # what was not read is skipped now
             position = file.tell()
             tar.members.clear()  # type: ignore[attr-defined]  # it would remember millions of them
     stream.drain()  # only its end brings gzip's checksum
@@ -113,6 +117,11 @@ def _zip_members(file: IO[bytes], archive: Path) -> Iterator[_Member]:
                 raise DataError(f"{archive}: member {name!r} is {what}; refused")
             if info.flag_bits & 1:
                 raise DataError(f"{archive}: member {name!r} is encrypted; refused")
+            if info.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):  # others ask for memory as they like
+                raise DataError(f"{archive}: member {name!r} is packed in an unusual way; refused")
             limit = max(ALWAYS_ALLOWED, MEMBER_RATIO * info.compress_size)
             with opened.open(info) as content:
                 folder = name.endswith("/")
@@ -180,9 +189,14 @@ class _Counted(io.RawIOBase):
     def __init__(self, stream: IO[bytes], most: int, archive: Path) -> None:
         self._stream, self._left, self._archive = stream, most, archive
         self._end = b""
+        self.header = 0
+        """Bytes that came beyond the last member: tarfile holds a header in memory, however long it is."""
 
     def read(self, size: int = -1) -> bytes:
         chunk = self._stream.read(size)
+        self.header += len(chunk)
+        if self.header > LONGEST_HEADER:
+            raise DataError(f"{self._archive}: a header of more than {LONGEST_HEADER:,} bytes; refused as a bomb")
         self._left -= len(chunk)
         if self._left < 0:
             raise DataError(f"{self._archive}: unpacks to far more than its size; refused as a bomb")
@@ -204,7 +218,14 @@ def _explained(archive: Path) -> Iterator[None]:
         yield
     except EOFError:
         raise DataError(f"{archive}: ends too early; it is not whole, fetch it again") from None
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, NotImplementedError) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        gzip.BadGzipFile,
+        zlib.error,
+        NotImplementedError,
+        UnicodeDecodeError,
+    ) as error:
         raise DataError(f"{archive}: not a whole tar, tar.gz or zip ({error}); fetch it again") from None
     except OSError as error:
         raise DataError(f"{archive}: could not be unpacked ({error.strerror or error})") from error

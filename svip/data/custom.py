@@ -6,8 +6,10 @@ is drawn by ``data.seed``; the result goes the same way as a real data set's lis
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,8 @@ SPLITS = {"val": "val_unseen", "test": "test_unseen"} | {role: role for role in 
 """Values of the column split -> role of the class."""
 PARTS = ("trainval", "test_seen", "test_unseen")
 """Values of the column role, if it does not hold roles."""
+LONGEST_NAME = 255
+"""Bytes of a file's or folder's name."""
 FEWEST = 2
 """Classes that each class role needs at least: telling one class apart is no task."""
 
@@ -57,6 +61,7 @@ def read_custom(data: DataConfig) -> tuple[Listing, Path]:
         listed["part"] = _parts(listed, [class_roles[name] for name in names], data)
     attributes = classes.drop(columns=["class", "split"], errors="ignore")
     by_role = {role: {ids[name] for name in names if class_roles[name] == role} for role in CLASS_ROLES}
+    roles = repr(images["role"].tolist()) if "role" in images else ""
     listing = Listing(
         images=listed,
         class_names=names,
@@ -64,6 +69,8 @@ def read_custom(data: DataConfig) -> tuple[Listing, Path]:
         attribute_names=list(attributes),
         train_classes={1: by_role["train"]},
         val_classes={1: by_role["val_unseen"]},
+        # the listing's parts do not tell train from val_seen
+        origin={"roles_sha256": hashlib.sha256(roles.encode()).hexdigest()},
     )
     return listing, Path(data.root or Path(data.images).parent)
 
@@ -93,6 +100,7 @@ def _read_images(file: Path) -> pd.DataFrame:
     refuse(table.source, list(column_problems(table.header, ["path", "class"], ["role"])))
     refuse(table.source, list(_image_problems(table)))
     frame = table.frame()
+    frame["path"] = frame["path"].map(_normal)
     if "role" in frame:
         allowed = PARTS if "trainval" in set(frame["role"]) else ROLES
         refuse(table.source, list(_unknown_values(table, "role", allowed)))
@@ -106,14 +114,21 @@ def _image_problems(table: Table) -> Iterator[str]:
             yield f"{where}: expected {len(table.header)} cells, found {len(cells)}"
             continue
         row = dict(zip(table.header, cells, strict=True))
-        path = row["path"]
-        if not path or not row["class"]:
+        path = _normal(row["path"])
+        if path == "." or not row["class"]:
             yield f"{where}: expected a path and a class, found {cells}"
+        elif "\0" in path or max(len(os.fsencode(part)) for part in PurePath(path).parts) > LONGEST_NAME:
+            yield f"{where}, column 'path': {path[:60]!r} can't be the path of a file"
         elif PurePath(path).is_absolute() or ".." in PurePath(path).parts:
             yield f"{where}, column 'path': {path!r} leaves the data set's folder; give it from that folder on"
         elif path in places:
             yield f"{where}, column 'path': {path!r} is already in {places[path]}"
         places[path] = where
+
+
+def _normal(path: str) -> str:
+    """One spelling of a path: ``./a//b.jpg`` is ``a/b.jpg``."""
+    return str(PurePosixPath(path))
 
 
 def _unknown_values(table: Table, column: str, allowed: Sequence[str] | Mapping[str, str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ and validation come from the class folds inside trainval_loc instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 
 from svip.config import DataConfig
 from svip.data import apy
@@ -25,6 +26,8 @@ from svip.data.catalog import DatasetSpec
 from svip.data.errors import DataError
 
 FOLDS = (1, 2, 3)
+MOST_VALUES = 10_000_000
+"""Numbers or strings that a variable may hold: a small packed file can claim to hold any number."""
 ROLES_OF = {
     "train": {"train", "val_seen", "test_seen"},
     "val_unseen": {"val_unseen", "test_seen"},
@@ -241,6 +244,7 @@ def read_attribute_names(file: Path, count: int) -> list[str]:
 
 _LOCS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")
 _LEAKING = ("train_loc", "val_loc")
+_TEXTS = ("allclasses_names", "image_files", "attributes")
 
 
 def _leaked(splits: Mapping[str, Any]) -> int:
@@ -275,23 +279,43 @@ def _folder_class(path: str) -> str:
 def _load(file: Path, keys: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{file} does not exist; it is part of the original archives")
+    wanted = [*keys, *optional]
     try:
-        content = loadmat(file, variable_names=[*keys, *optional])
+        sizes = {name: math.prod(shape) for name, shape, _ in whosmat(file)}
+        content = {}
+        if max((sizes[name] for name in wanted if name in sizes), default=0) <= MOST_VALUES:
+            content = loadmat(file, variable_names=wanted)
     except Exception as error:  # scipy raises whatever its parser meets
         raise DataError(f"{file} is not a readable MATLAB file: {error}") from error
     absent = [key for key in keys if key not in content]
     if absent:
-        raise DataError(f"{file} has no variable {', '.join(absent)}")
+        raise DataError(f"{file}: no variable {', '.join(absent)} of a sane size; fetch it again")
+    for key in (key for key in wanted if key in content):
+        _check_kind(content[key], is_text=key in _TEXTS, where=f"{file}: {key}")
     return dict(content)
 
 
+def _check_kind(values: Any, is_text: bool, where: str) -> None:
+    """DataError unless it is a cell array of strings, or finite real numbers."""
+    if is_text:
+        cells = values.ravel() if isinstance(values, np.ndarray) and values.dtype == object else [None]
+        right = all(isinstance(cell, np.ndarray) and cell.dtype.kind == "U" and cell.size == 1 for cell in cells)
+    else:
+        right = isinstance(values, np.ndarray) and values.dtype.kind in "iuf" and bool(np.isfinite(values).all())
+    if not right:
+        kind = "a cell array of strings" if is_text else "finite numbers"
+        raise DataError(f"{where}: expected {kind}; the file is damaged or of another kind, fetch it again")
+
+
 def _strings(cells: NDArray[Any]) -> list[str]:
-    return [str(np.asarray(cell).item()).strip() for cell in cells.ravel()]
+    return [str(cell.item()).strip() for cell in cells.ravel()]
 
 
 def _zero_based(indices: NDArray[Any], count: int, where: str) -> NDArray[np.int64]:
     """1-based indices (MATLAB) to 0-based ones."""
     flat = indices.ravel().astype(np.int64)
+    if (flat != indices.ravel()).any():
+        raise DataError(f"{where}: expected whole numbers")
     if flat.size and (flat.min() < 1 or flat.max() > count):
         raise DataError(f"{where}: expected indices in 1..{count} (1-based), found {flat.min()}..{flat.max()}")
     return flat - 1

@@ -76,15 +76,16 @@ def _scan_text(file: BufferedReader, name: str, wanted: Set[str], dimension: int
     found = Words(dimension)
     header = 0 if count is None else 1
     number, last = header, b""
+    separator = b"\t" if b"\t" in file.peek().partition(b"\n")[0] else b" "
     for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), header + 1):
         if len(line) == LONGEST:
             raise VectorsError(f"{name}, line {number} is longer than {LONGEST:,} bytes; expected {ACCEPTED}")
-        token = line[: line.find(b" ")]
+        token, _, numbers = line.partition(separator)
         if number <= COMMON:
             found.common.append(token.decode(errors="replace"))
         word = keys.get(token)
         if word is not None and word not in found.rows:
-            vector = _parse(line, dimension, f"{name}, line {number}")
+            vector = _parse(numbers, dimension, f"{name}, line {number}")
             if vector is not None:
                 found.rows[word] = vector
         last = line
@@ -146,9 +147,9 @@ def _numbers(fields: list[bytes]) -> int:
     return numbers
 
 
-def _parse(line: bytes, dimension: int, place: str) -> NDArray[np.float32] | None:
+def _parse(numbers: bytes, dimension: int, place: str) -> NDArray[np.float32] | None:
     """The vector on a line, or None when the line belongs to a longer token that only begins with the wanted word."""
-    fields = line.split()[1:]
+    fields = numbers.split()
     if len(fields) > dimension and not _is_number(fields[0]):
         return None  # glove.840B has tokens with spaces in them, such as "at name@domain.com"
     if len(fields) != dimension:

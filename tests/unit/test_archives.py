@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import random
 import stat
 import struct
 import tarfile
@@ -89,6 +90,22 @@ def encrypted(path: Path) -> Path:
     return path
 
 
+def long_name_after_noise(path: Path) -> Path:
+    """A name of 8 MB behind a member of noise, whose size alone would allow for it."""
+    noise, name = tarfile.TarInfo("set/noise.bin"), tarfile.TarInfo("././@LongLink")
+    noise.size, name.size, name.type = 4 << 20, 8 << 20, tarfile.GNUTYPE_LONGNAME
+    with gzip.open(path, "wb", 1) as file:
+        file.write(noise.tobuf(tarfile.GNU_FORMAT) + random.Random(0).randbytes(noise.size))
+        file.write(name.tobuf(tarfile.GNU_FORMAT) + b"a" * name.size)
+    return path
+
+
+def lzma_zip(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("set/a.txt", b"text" * 999)
+    return path
+
+
 def headers_too_long(path: Path) -> Path:
     """A pax header that claims 8 GB, which a reader may take into memory."""
     info = tarfile.TarInfo("././@PaxHeader")
@@ -118,7 +135,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "tar: block device": (lambda p: tar(p, special(tarfile.BLKTYPE)), "neither a plain file"),
     "tar: fifo": (lambda p: tar(p, special(tarfile.FIFOTYPE)), "neither a plain file"),
     "tar: 10 GB of zeros": (lambda p: zeros(p, 10), "far more than its size"),
-    "tar: a header of 8 GB": (headers_too_long, "far more than its size|not a whole tar"),
+    "tar: a header of 8 GB": (headers_too_long, "a header of more than 1,048,576 bytes"),
+    "tar: a name of 8 MB": (long_name_after_noise, "a header of more than 1,048,576 bytes"),
     "tar: a name twice": (lambda p: tar(p, *GOOD, GOOD[1]), "'set/images/b.jpg' comes twice"),
     "tar: a file, then a folder of its name": (lambda p: tar(p, ("set", b""), *GOOD), "comes twice, or as file and"),
     "tar: backslashes": (lambda p: tar(p, ("..\\x", b"")), "backslash"),
@@ -142,6 +160,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "zip: 100 MB of zeros in 100 kB": (zip_of_zeros, "far more than its size"),
     "zip: encrypted": (encrypted, "'set/images/a.jpg' is encrypted"),
+    "zip: LZMA": (lzma_zip, "'set/a.txt' is packed in an unusual way"),
+    "zip: a name that is no UTF-8": (
+        lambda p: patched(zipped(p, ("s\u00e9t.jpg", b"")), "s\u00e9t".encode(), b"s\xc3\x28t"),
+        "not a whole tar, tar.gz or zip",
+    ),
     "zip: wrong checksum": (
         lambda p: patched(zipped(p, *GOOD), struct.pack("<I", zlib.crc32(GOOD[1][1])), b"\1\2\3\4"),
         "Bad CRC",

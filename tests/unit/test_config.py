@@ -347,3 +347,12 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="binary.yaml is not a readable YAML file"):
         load_config(str(tmp_path / "binary.yaml"))
+
+
+@pytest.mark.parametrize("address", ["https://bob:secret@host/glove.txt", "http://host/glove.txt?sig=secret"])
+def test_addresses_with_a_secret_stay_out_of_what_is_saved(address: str) -> None:
+    for key in ("data.mirror", "semantics.vectors"):
+        with pytest.raises(ConfigError, match=f"^{key}: an address with a password or query") as refused:
+            load_config("smoke", [f"{key}={address}"])
+        assert "secret" not in str(refused.value)
+    load_config("smoke", ["data.mirror=https://host/zsl", "semantics.vectors=s3://team/who?.txt"])

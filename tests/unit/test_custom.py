@@ -116,6 +116,19 @@ def test_photos_go_the_usual_way_into_a_bundle(tmp_path: Path) -> None:
         prepare_data(config, tmp_path / "bundle")
 
 
+def test_other_roles_are_another_bundle(tmp_path: Path) -> None:
+    images = images_table(
+        role=(["train"] * 7 + ["val_seen"] * 2 + ["test_seen"]) * 5 + ["val_unseen"] * 20 + ["test_unseen"] * 30
+    )
+    for path in images["path"]:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    first = prepare_data(Config(data=write(tmp_path, classes_table(), images)), tmp_path / "bundle")
+    images.loc[0, "role"] = "val_seen"
+    second = prepare_data(Config(data=write(tmp_path, classes_table(), images)), tmp_path / "bundle")
+    assert (first.split["role"][0], second.split["role"][0]) == ("train", "val_seen")
+
+
 def test_parquet_tables_are_the_same_data_set(tmp_path: Path) -> None:
     config = write(tmp_path, classes_table(), images_table())
     classes_table().to_parquet(tmp_path / "classes.parquet")
@@ -191,6 +204,9 @@ ROLES = (["trainval"] * 9 + ["test_seen"]) * 7 + ["test_unseen"] * 30
         (put(7, "path", ""), "line 9: expected a path and a class"),
         (put(7, "class", ""), "line 9: expected a path and a class"),
         (put(7, "path", "a/3.png"), "line 9, column 'path': 'a/3.png' is already in line 5"),
+        (put(7, "path", "./a//3.png"), "line 9, column 'path': 'a/3.png' is already in line 5"),
+        (put(7, "path", "a/" + "b" * 256), "line 9, column 'path': 'a/bbb"),
+        (put(7, "path", "a\0b.png"), "can't be the path of a file"),
         (put(7, "path", "/tmp/3.png"), "line 9, column 'path': '/tmp/3.png' leaves the data set's folder"),
         (put(7, "path", "../3.png"), "line 9, column 'path': '../3.png' leaves the data set's folder"),
         (put(7, "class", "class A"), "line 9, column 'class': 'class A' is not in"),

@@ -260,6 +260,13 @@ SWAPPED = [file.replace("/a/", "/b/") if file.endswith("a00.png") else file for 
         ({"att": np.zeros((5, 3))}, r"expected \(3, 5\) as shape of att, found \(5, 3\)"),
         ({"image_files": np.array([f"CUB_200_2011/{f}" for f in SWAPPED], object)}, r"b/a00\.png is labelled a"),
         ({"image_files": np.array([f"elsewhere/{f}" for f in FILES], object)}, r"has no folder 'CUB_200_2011'"),
+        ({"att": np.full((3, 5), np.nan)}, r"att_splits\.mat: att: expected finite numbers"),
+        ({"att": np.ones((3, 5)) * 1j}, r"att_splits\.mat: att: expected finite numbers"),
+        ({"att": np.array([["a"]] * 3, object)}, r"att_splits\.mat: att: expected finite numbers"),
+        ({"test_unseen_loc": NUMBERS[-6:] - 0.5}, r"test_unseen_loc: expected whole numbers"),
+        ({"test_unseen_loc": np.array([["a"]], object)}, r"test_unseen_loc: expected finite numbers"),
+        ({"allclasses_names": NUMBERS}, r"allclasses_names: expected a cell array of strings"),
+        ({"allclasses_names": np.array([["a"], [""]], object)}, r"allclasses_names: expected a cell array of strings"),
     ],
 )
 def test_listing_that_is_not_the_original_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -286,6 +293,16 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         listing_of(root)
     (folder / "res101.mat").unlink()
     with pytest.raises(DataError, match=r"res101\.mat does not exist"):
+        listing_of(root)
+
+
+def test_a_small_file_that_claims_to_hold_much_is_not_read(tmp_path: Path) -> None:
+    root = write_root(tmp_path)
+    file = xlsa17_folder(SPEC, root) / "att_splits.mat"
+    variables = {key: value for key, value in loadmat(file).items() if not key.startswith("_")}
+    savemat(file, variables | {"att": np.zeros((3200, 3200), np.uint8)}, do_compression=True)
+    assert file.stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"att_splits\.mat: no variable allclasses_names, att.* of a sane size"):
         listing_of(root)
 
 

@@ -139,6 +139,12 @@ def test_tokens_with_spaces_are_not_taken_for_their_first_word(tmp_path: Path) -
     assert common[-5:] == WORDS
 
 
+def test_tabs_part_a_token_from_its_numbers(tmp_path: Path) -> None:
+    known, common, _ = read_words(put(tmp_path, b"red wing\t5 6 7\n" + GLOVE.replace(b" ", b"\t")), {"red", "red wing"})
+    assert (known["red"].tolist(), known["red wing"].tolist()) == ([1, 0, 2], [5, 6, 7])
+    assert common == ["red wing", *WORDS]
+
+
 def test_tokens_that_are_numbers_or_no_utf_8_do_no_harm(tmp_path: Path) -> None:
     known, common, _ = read_words(put(tmp_path, b"7 7 7 7\n\xff\xfe 1 2 3\n\xc2\xa0 1 2 3\n" + GLOVE), {"red"})
     assert known["red"].tolist() == [1, 0, 2]
