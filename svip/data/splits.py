@@ -142,7 +142,9 @@ def read_listing(spec: DatasetSpec, folder: Path, attribute_file: Path) -> Listi
         val_classes=val,
         origin={"proposed_split": 1 if leaked else 2, "test_seen_in_train_or_val_loc": leaked},
         crops=crops,
-        hint=spec.mistaken_for,
+        hint=". ".join(
+            filter(None, [f"`svip fetch {spec.name} --root ROOT --again` unpacks them anew", spec.mistaken_for])
+        ),
     )
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -187,7 +188,12 @@ def test_a_killed_process_loses_little(origin: Origin, tmp_path: Path) -> None:
     with serving(origin.server()) as server:
         address = f"{origin.serve_from(server)}/photos.tgz"
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, address, str(target), str(PIECE)])
-        server.at_bytes = (SIZE * 6 // 10, process.kill)
+
+        def kill() -> None:
+            time.sleep(0.5)  # many times what lies between two notes of what is there
+            process.kill()
+
+        server.at_bytes = (SIZE * 6 // 10, kill)
         assert process.wait() == -9
         assert not target.exists()
         download([address], target, expected(data))

@@ -109,7 +109,9 @@ def test_each_object_is_an_image_cut_out_of_its_photo(config: Config, tmp_path: 
 def test_a_missing_photo_misses_all_its_objects(config: Config, tmp_path: Path) -> None:
     root = Path(str(config.data.root))
     (photo_folder(SPEC, root) / "VOCdevkit/VOC2008/JPEGImages/1.jpg").unlink()
-    with pytest.raises(DataError, match=r"3 of 10 listed photos are missing(.|\n)*1\.jpg#3"):
+    with pytest.raises(
+        DataError, match=r"3 of 10 listed photos are missing.*`svip fetch apy .*--again`(.|\n)*1\.jpg#3"
+    ):
         prepare_data(config, tmp_path / "bundle")
 
 
