@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 PIECE = 8 << 20
 """Bytes that one request asks for; a mirror's checksums are of pieces of this size."""
-SAVED_EVERY = 0.2
-"""Seconds between two notes of what is there: what came since the last one is lost if the process is killed."""
+SAVED_EVERY = 4 << 20
+"""Bytes after which the note of what is there is renewed; what came since the last one is lost in a killed process."""
+LOOKED_EVERY = 0.01
+"""Seconds between two looks at whether so much came."""
 LONGEST_WAIT = 60.0
 """Seconds that a server's Retry-After is honoured for, at most."""
 
@@ -110,12 +112,14 @@ class Partial:
                         )
                         for piece in range(len(self._had))
                     }
+                    saved = self.received
                     try:
                         while waiting:
-                            done, waiting = wait(waiting, SAVED_EVERY, FIRST_EXCEPTION)
+                            done, waiting = wait(waiting, LOOKED_EVERY, FIRST_EXCEPTION)
                             for job in done:
                                 job.result()
-                            if waiting:
+                            if waiting and self.received >= saved + SAVED_EVERY:
+                                saved = self.received
                                 self._save(file.fileno())  # by this thread alone: no connection waits for the disk
                     finally:
                         stop.set()

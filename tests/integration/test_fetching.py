@@ -48,7 +48,7 @@ SPOILT: dict[str, Faults] = {
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megabytes here stand for gigabytes."""
     monkeypatch.setattr(pieces, "PIECE", PIECE)
-    monkeypatch.setattr(pieces, "SAVED_EVERY", 0.01)
+    monkeypatch.setattr(pieces, "SAVED_EVERY", 1 << 18)
     monkeypatch.setattr(fetch, "PIECE", PIECE)
     for module in (sources, s3):
         monkeypatch.setattr(module, "CHUNK", 1 << 14)
@@ -190,7 +190,7 @@ def test_a_killed_process_loses_little(origin: Origin, tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, address, str(target), str(PIECE)])
 
         def kill() -> None:
-            time.sleep(0.5)  # many times what lies between two notes of what is there
+            time.sleep(0.5)  # many times what the note of what is there takes
             process.kill()
 
         server.at_bytes = (SIZE * 6 // 10, kill)
@@ -205,7 +205,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from svip.data import pieces, s3, sources, transfer
-pieces.PIECE, pieces.SAVED_EVERY, s3.CHUNK, sources.CHUNK = int(sys.argv[3]), 0.01, 1 << 14, 1 << 14
+pieces.PIECE, pieces.SAVED_EVERY, s3.CHUNK, sources.CHUNK = int(sys.argv[3]), 1 << 18, 1 << 14, 1 << 14
 transfer.download([sys.argv[1]], Path(sys.argv[2]))
 """
 

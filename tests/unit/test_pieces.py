@@ -80,7 +80,8 @@ def test_an_address_that_fails_half_way_is_left_for_the_next(tmp_path: Path, mon
 
     monkeypatch.setattr(pieces, "write_json", write_slowly)
     monkeypatch.setattr(pieces, "PIECE", 1 << 20)
-    monkeypatch.setattr(pieces, "SAVED_EVERY", 0)
+    monkeypatch.setattr(pieces, "SAVED_EVERY", 1 << 18)
+    monkeypatch.setattr(pieces, "LOOKED_EVERY", 0)
     monkeypatch.setattr(transfer, "open_source", HalfThere)
     assert transfer.download(["bad", "good"], tmp_path / "a").source == "good"
     assert len(together) > 2
