@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ NUMBERS, TEXTS = ("class_id", "offset", "height", "width"), ("path", "role", "sh
 """Columns of split.parquet."""
 TABLES = ("split.parquet", "classes.parquet")
 STORES = ("images.bin", "masks.bin")
+FILE_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)
+"""Of a file in a bundle; whoever writes a bundle.json may name no file outside of it."""
 
 
 class BundleError(DataError):
@@ -179,11 +182,11 @@ def parse_info(content: bytes, source: str) -> dict[str, Any]:
         raise BundleError(f"{source}: expected format {FORMAT}, found {found}; prepare the data again with this svip")
     files = info.get("files")
     if not isinstance(files, dict) or not all(
-        name == Path(name).name and type(size) is int for name, size in files.items()
+        FILE_NAME.fullmatch(name) and type(size) is int for name, size in files.items()
     ):
-        raise BundleError(f"{source}: expected the field files, with names and bytes; prepare the data again")
-    if not isinstance(info.get("sha256"), str):
-        raise BundleError(f"{source}: expected the field sha256; prepare the data again")
+        raise BundleError(f"{source}: expected the field files, with plain names and bytes; prepare the data again")
+    if not re.fullmatch("[0-9a-f]{64}", str(info.get("sha256"))):
+        raise BundleError(f"{source}: expected the field sha256, of 64 hex digits; prepare the data again")
     return info
 
 

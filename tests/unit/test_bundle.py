@@ -214,16 +214,26 @@ def test_a_damaged_class_table_is_refused(tmp_path: Path, classes: pd.DataFrame,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+def record(**changes: Any) -> bytes:
+    return json.dumps({"format": 2, "sha256": "0" * 64, "files": {}} | changes).encode()
+
+
         (b"", "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[1]", "found no mapping"),
         (b"{}", "expected format 2, found None"),
-        (b'{"format": 2, "sha256": "0"}', "expected the field files"),
-        (b'{"format": 2, "sha256": "0", "files": {"../images.bin": 3}}', "expected the field files"),
-        (b'{"format": 2, "sha256": "0", "files": {"images.bin": "3"}}', "expected the field files"),
-        (b'{"format": 2, "files": {}}', "expected the field sha256"),
-        (b'{"format": 2, "sha256": "0", "files": {"gone.bin": 3}}', r"not a whole split bundle .*gone\.bin"),
-        (b'{"format": 2, "sha256": "0", "files": {"split.parquet": 3}}', r"split\.parquet: expected 3 bytes"),
+        (record(files=None), "expected the field files"),
+        (record(files={"../images.bin": 3}), "expected the field files"),
+        (record(files={"..": 3}), "expected the field files"),
+        (record(files={"": 3}), "expected the field files"),
+        (record(files={".hidden": 3}), "expected the field files"),
+        (record(files={"a\\b": 3}), "expected the field files"),
+        (record(files={"images.bin": "3"}), "expected the field files"),
+        (record(sha256=None), "expected the field sha256"),
+        (record(sha256="0" * 63), "expected the field sha256, of 64 hex digits"),
+        (record(sha256="/../../x".ljust(64, "0")), "expected the field sha256, of 64 hex digits"),
+        (record(files={"gone.bin": 3}), r"not a whole split bundle .*gone\.bin"),
+        (record(files={"split.parquet": 3}), r"split\.parquet: expected 3 bytes"),
     ],
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
