@@ -18,9 +18,9 @@ import torch
 
 from svip import sweep, tracking
 from svip.config import Config, flatten, load_config, variant
-from svip.data.prepare import prepare_data as make_bundle
-from svip.data.remote import cached_bundle, open_bundle
-from svip.data.remote import push_bundle as upload
+from svip.data.bundle_cache import check_bucket, make_in_bucket, open_bundle
+from svip.data.bundle_cache import push_bundle as upload
+from svip.data.prepare import plan_bundle
 from svip.data.sources import is_remote
 from svip.evaluation import comparison
 from svip.evaluation.evaluate import check_bundle
@@ -49,17 +49,20 @@ def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
 def prepare_data(out: str, preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Make the split bundle in ``out``; the content of its bundle.json.
 
-    ``out``: a folder, or s3://bucket/prefix, for which the bundle is made in the cache of this machine and uploaded.
+    ``out``: a folder, or s3://bucket/prefix, for which the bundle is made in the cache of this machine and uploaded,
+    unless the bucket has it. DataError for a http(s):// address.
     """
-    bundle = make_bundle(load_config(preset, overrides), cached_bundle(out) if is_remote(out) else Path(out))
     if is_remote(out):
-        upload(bundle, out)
-    log.info("bundle %s: %s", bundle.sha256[:12], _sentence(bundle.info["counts"]["images"]))
-    return dict(bundle.info)
+        check_bucket(out)
+    plan = plan_bundle(load_config(preset, overrides))
+    info = make_in_bucket(plan, out) if is_remote(out) else plan.make(Path(out)).info
+    log.info("bundle %s: %s", info["sha256"][:12], _sentence(info["counts"]["images"]))
+    return dict(info)
 
 
 def push_bundle(bundle: str, to: str) -> str:
     """Upload a bundle to s3://bucket/prefix, from where every step takes it; its sha256."""
+    check_bucket(to)
     data = open_bundle(bundle)
     upload(data, to)
     return data.sha256

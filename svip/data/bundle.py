@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from svip.data.errors import DataError
-from svip.data.store import JOURNAL, Busy, Store, Stored, pixel_sha256
+from svip.data.store import JOURNAL, Busy, Store, Stored, pixel_sha256, sync
 
 FORMAT = 2
 TRAINVAL = ("train", "val_seen", "val_unseen")
@@ -44,6 +45,8 @@ NUMBERS, TEXTS = ("class_id", "offset", "height", "width"), ("path", "role", "sh
 """Columns of split.parquet."""
 TABLES = ("split.parquet", "classes.parquet")
 STORES = ("images.bin", "masks.bin")
+FILE_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)
+"""Of a file in a bundle; whoever writes a bundle.json may name no file outside of it."""
 
 
 class BundleError(DataError):
@@ -114,11 +117,11 @@ class Bundle:
 
     def verify(self) -> None:
         """Read everything, and raise BundleError where it is not what bundle.json's sha256 stands for."""
-        damaged = [
-            str(self.split["path"].iloc[row])
-            for row, expected in enumerate(self.split["sha256"])
-            if pixel_sha256(self.image(row), self.mask(row)) != expected
-        ]
+        damaged = []
+        for row, (path, expected) in enumerate(zip(self.split["path"], self.split["sha256"], strict=True)):
+            if pixel_sha256(self.image(row), self.mask(row)) != expected:
+                damaged.append(str(path))
+            self.release(row)
         if damaged:
             named = ", ".join(damaged[:MISSING_NAMED])
             raise BundleError(f"{self.path}: the pixels of {len(damaged)} images are damaged ({named}); prepare again")
@@ -179,11 +182,11 @@ def parse_info(content: bytes, source: str) -> dict[str, Any]:
         raise BundleError(f"{source}: expected format {FORMAT}, found {found}; prepare the data again with this svip")
     files = info.get("files")
     if not isinstance(files, dict) or not all(
-        name == Path(name).name and type(size) is int for name, size in files.items()
+        FILE_NAME.fullmatch(name) and type(size) is int for name, size in files.items()
     ):
-        raise BundleError(f"{source}: expected the field files, with names and bytes; prepare the data again")
-    if not isinstance(info.get("sha256"), str):
-        raise BundleError(f"{source}: expected the field sha256; prepare the data again")
+        raise BundleError(f"{source}: expected the field files, with plain names and bytes; prepare the data again")
+    if not re.fullmatch("[0-9a-f]{64}", str(info.get("sha256"))):
+        raise BundleError(f"{source}: expected the field sha256, of 64 hex digits; prepare the data again")
     return info
 
 
@@ -235,6 +238,7 @@ class BundleWriter:
         self._folder = self.path.with_name(f".{self.path.name}.part")
         self._labels: dict[str, tuple[int, str]] = {}
         self._masked = 0
+        self._published = False
 
     def __enter__(self) -> Self:
         try:
@@ -246,7 +250,7 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._store.close(keep=self._origins is not None)
+        self._store.close(keep=self._published or self._origins is not None)
 
     @property
     def stored(self) -> Mapping[str, Stored]:
@@ -351,15 +355,16 @@ class BundleWriter:
 
     def _publish(self) -> None:
         self._store.sync()
-        (self._folder / JOURNAL).unlink()
-        if not self.path.exists():
-            os.replace(self._folder, self.path)
-            return
         old = self._folder.with_suffix(".old")
         shutil.rmtree(old, ignore_errors=True)  # of a process that was killed just here
-        os.replace(self.path, old)
+        if self.path.exists():
+            os.replace(self.path, old)
         os.replace(self._folder, self.path)
-        shutil.rmtree(old)
+        self._published = True
+        sync(self.path.parent)
+        # the lock: without it another writer may begin, in a work folder of its own now
+        (self.path / JOURNAL).unlink()
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_bundle(path: Path) -> bool:

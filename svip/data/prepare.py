@@ -8,9 +8,10 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,30 @@ class Decoded(NamedTuple):
     photo_sha256: str
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A bundle that can be made: what its bundle.json shall say, and how."""
+
+    info: dict[str, Any]
+    """dataset, split, fold, settings, source, and what else is known beforehand."""
+    write: Callable[[Path], Bundle]
+
+    def made(self, info: Mapping[str, Any]) -> bool:
+        """Whether a bundle.json is that of a bundle from the same source with the same settings."""
+        return all(info.get(key) == self.info[key] for key in ("settings", "source"))
+
+    def make(self, out: Path) -> Bundle:
+        """The bundle in the folder ``out``, which is written unless it is there."""
+        try:
+            found = read_bundle(out)
+        except BundleError:
+            return self.write(out)
+        if not self.made(found.info):
+            return self.write(out)
+        log.info("%s already holds this bundle (%d images); nothing to do", out, len(found.split))
+        return found
+
+
 def prepare_data(config: Config, out: Path) -> Bundle:
     """Make the split bundle that ``config.data`` describes in the folder ``out``, and open it.
 
@@ -55,19 +80,21 @@ def prepare_data(config: Config, out: Path) -> Bundle:
     content, which bundle.json has a hash of, is not read again). An interrupted call is taken up where it was.
     DataError for archives that are incomplete or not the original ones, and for unreadable photos (all are named).
     """
+    return plan_bundle(config).make(out)
+
+
+def plan_bundle(config: Config) -> Plan:
+    """What ``prepare_data`` is going to make: archives are fetched where a mirror is set, and read but for photos."""
     data = config.data
     for key, dataset in {"like": "synthetic", "images": "custom", "attributes": "custom"}.items():
         if getattr(data, key) not in (None, "none") and data.dataset != dataset:
             raise ConfigError(f"data.{key} is for {dataset} data only, not for {data.dataset} (--dataset {dataset})")
     if data.dataset == "synthetic":
         # not needed, and so not loaded, for real data
-        if data.like != "none":
-            from svip.data.scale import write_scale
+        from svip.data.scale import write_scale
+        from svip.data.synthetic import drawn_info, write_synthetic
 
-            return write_scale(data, out)
-        from svip.data.synthetic import write_synthetic
-
-        return write_synthetic(data, out)
+        return Plan(drawn_info(data), partial(write_synthetic if data.like == "none" else write_scale, data))
     listing, photos = read_custom(data) if data.dataset == "custom" else _read_archives(data)
     sizes = np.array([_file_size(photos / listing.photo(path)) for path in listing.images["path"]])
     split = make_split(listing, data, sizes >= 0)
@@ -79,11 +106,7 @@ def prepare_data(config: Config, out: Path) -> Bundle:
         "source": _source(listing, sizes),
         "dropped_classes": split.dropped_classes,
     }
-    done = _finished(out, info)
-    if done is not None:
-        log.info("%s already holds this bundle (%d images); nothing to do", out, len(done.split))
-        return done
-    return pack(split, photos, data, info, out)
+    return Plan(info, partial(pack, split, photos, data, info))
 
 
 def _read_archives(data: DataConfig) -> tuple[Listing, Path]:
@@ -217,13 +240,3 @@ def _digest(items: Iterable[Any]) -> str:
     for item in items:
         total.update(f"{item}\n".encode())
     return total.hexdigest()
-
-
-def _finished(out: Path, info: dict[str, Any]) -> Bundle | None:
-    """The bundle in ``out`` when it was made from the same source with the same settings."""
-    try:
-        bundle = read_bundle(out)
-    except BundleError:
-        return None
-    same = all(bundle.info.get(key) == info[key] for key in ("settings", "source"))
-    return bundle if same else None

@@ -110,11 +110,11 @@ def upload(file: Path, address: str, progress: Callable[[int], Any] | None = Non
         raise DataError(f"{address}: {found:,} bytes arrived of {size:,}; upload it again")
 
 
-def upload_folder(folder: Path, address: str, last: str) -> None:
-    """Upload the files of a flat folder; ``last`` names the one without which the rest counts as nothing."""
-    names = sorted(file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    for name in sorted(names, key=lambda name: name == last):
-        upload(folder / name, f"{address.rstrip('/')}/{name}")
+def remove(address: str) -> None:
+    """Remove one object, if there is such."""
+    bucket, key = split_address(address)
+    with translated(address):
+        client().delete_object(Bucket=bucket, Key=key)
 
 
 class Missing(DataError):

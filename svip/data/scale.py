@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from time import perf_counter
@@ -26,11 +26,10 @@ from svip.config import ConfigError, DataConfig
 from svip.data.bundle import Bundle, BundleWriter
 from svip.data.catalog import CATALOG, DatasetSpec
 from svip.data.errors import DataError
+from svip.data.synthetic import drawn_info
 
 log = logging.getLogger(__name__)
 
-SETTINGS = ("dataset", "like", "split", "fold", "val_seen_fraction", "store_size", "seed")
-"""Fields of DataConfig that shape the bundle."""
 COLORS = np.array([(214, 40, 44), (246, 190, 40), (44, 164, 72), (42, 98, 220), (156, 62, 190), (235, 235, 230)])
 """Of the values of each part."""
 LONGEST = 4 / 3
@@ -65,7 +64,7 @@ def write_scale(config: DataConfig, out: Path) -> Bundle:
     pictures = list(plan(spec, class_roles, config.val_seen_fraction))
     values, attributes = class_values(spec, config.seed)
     _announce(pictures, values, size, config.seed, out)
-    with BundleWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with BundleWriter(out) as writer, ThreadPoolExecutor(_cores()) as pool:
         progress = tqdm(total=len(pictures), desc=f"drawing like {spec.name}", unit="image")
         for start in range(0, len(pictures), AHEAD):
             some = pictures[start : start + AHEAD]
@@ -78,10 +77,7 @@ def write_scale(config: DataConfig, out: Path) -> Bundle:
         classes = pd.DataFrame(attributes, columns=names)
         classes.insert(0, "name", [f"class {class_id:03d}" for class_id in range(spec.classes)])
         classes.insert(1, "role", class_roles)
-        settings = {name: value for name, value in asdict(config).items() if name in SETTINGS}
-        info = {name: settings[name] for name in ("dataset", "split", "fold")}
-        info |= {"settings": settings, "source": {"generator": "svip.data.scale"}}
-        return writer.finish(classes, info, {"word_vectors.txt": word_vectors(names)})
+        return writer.finish(classes, drawn_info(config), {"word_vectors.txt": word_vectors(names)})
 
 
 def plan(spec: DatasetSpec, class_roles: list[str], val_seen_fraction: float) -> Iterator[Picture]:
@@ -158,13 +154,18 @@ def _announce(pictures: list[Picture], values: NDArray[np.int64], size: int, see
     some = pictures[:: max(len(pictures) // 16, 1)]
     start = perf_counter()
     sizes = [draw(picture, values[picture.class_id], size, seed).nbytes for picture in some]
-    seconds = (perf_counter() - start) / len(some) * len(pictures) / (os.cpu_count() or 1)
+    seconds = (perf_counter() - start) / len(some) * len(pictures) / _cores()
     needed = int(np.mean(sizes) * len(pictures))
     log.info("%d images, %.1f GB, about %.0f s", len(pictures), needed / 1e9, seconds)
     parent = next(folder for folder in out.resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise DataError(f"{parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} needed; give another --out")
+
+
+def _cores() -> int:
+    """Those that this process may use, which a container may limit."""
+    return len(os.sched_getaffinity(0))
 
 
 def _spread(total: int, classes: int) -> list[int]:

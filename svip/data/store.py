@@ -50,12 +50,12 @@ class Store:
         self.images: dict[str, Stored] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._opened = ExitStack()
-        self._journal = self._opened.enter_context(open(folder / JOURNAL, "a+", encoding="utf-8", buffering=1))  # noqa: SIM115
         try:
+            self._journal = self._opened.enter_context(open(folder / JOURNAL, "a+", encoding="utf-8", buffering=1))  # noqa: SIM115
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._journal.fileno()), os.stat(folder / JOURNAL)):
                 raise FileNotFoundError
-        except (BlockingIOError, FileNotFoundError):  # the latter: it was finished, and so renamed, just now
+        except (BlockingIOError, FileNotFoundError):  # the latter: it was renamed or removed just now
             self._opened.close()
             raise Busy from None
         self._files: dict[str, FileIO] = {}
@@ -70,16 +70,19 @@ class Store:
             self._write("masks.bin", mask)
         height, width = image.shape[:2]
         origin = self._origins[path] if self._origins else None
-        self._record(path, Stored(height, width, sha256 or pixel_sha256(image, mask), origin, note))
+        stored = self.images[path] = Stored(height, width, sha256 or pixel_sha256(image, mask), origin, note)
+        self._journal.write(json.dumps([path, *astuple(stored)]) + "\n")
 
     def sync(self) -> None:
-        """Have the disk hold all that was written."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        """Have the disk hold all files of the folder, whoever wrote them."""
+        for file in self.folder.iterdir():
+            sync(file)
+        sync(self.folder)
 
     def close(self, keep: bool) -> None:
-        """Let the next process in. Without ``keep`` the folder is removed; it is gone anyway once it was renamed."""
+        """Let the next process in. Without ``keep`` the folder is removed; ``keep`` it, too, once it was renamed."""
         if not keep:
+            self._clear(JOURNAL)  # the lock, which goes last
             shutil.rmtree(self.folder, ignore_errors=True)
         self._opened.close()
 
@@ -90,29 +93,30 @@ class Store:
         while content:  # of a disk that is getting full, only a part is accepted
             content = content[self._files[name].write(content) :]
 
-    def _record(self, path: str, stored: Stored) -> None:
-        self.images[path] = stored
-        self._journal.write(json.dumps([path, *astuple(stored)]) + "\n")
+    def _clear(self, *kept: str) -> None:
+        for file in self.folder.iterdir():
+            if file.name not in kept:
+                file.unlink()
 
     def _take_up(self) -> None:
-        for file in self.folder.iterdir():
-            if file.name not in (JOURNAL, "images.bin"):
-                file.unlink()
+        """Nothing is cut off before all was read: a process that is killed here loses nothing."""
+        self._clear(JOURNAL, "images.bin")
         self._journal.seek(0)
-        lines = self._journal.readlines()
-        self._journal.truncate(0)
         with open(self.folder / "images.bin", "a+b") as pixels:
             pixels.seek(0)
-            end = 0
-            for path, stored in map(_parse, lines):
+            journal_end = pixels_end = 0
+            for line in self._journal.readlines():
+                path, stored = _parse(line)
                 if not self._origins or self._origins.get(path) != stored.origin:
                     break
                 content = pixels.read(stored.height * stored.width * 3)
                 if hashlib.sha256(content).hexdigest() != stored.sha256:
                     break
-                self._record(path, stored)
-                end += len(content)
-            pixels.truncate(end)
+                self.images[path] = stored
+                journal_end += len(line.encode())
+                pixels_end += len(content)
+            self._journal.truncate(journal_end)
+            pixels.truncate(pixels_end)
 
 
 def pixel_sha256(image: NDArray[np.uint8], mask: NDArray[np.uint8] | None = None) -> str:
@@ -123,10 +127,19 @@ def pixel_sha256(image: NDArray[np.uint8], mask: NDArray[np.uint8] | None = None
     return digest.hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _parse(line: str) -> tuple[str, Stored]:
     """A line of the journal; a torn one names no image."""
     try:
-        path, *fields = json.loads(line)
+        path, *fields = json.loads(line if line.endswith("\n") else "")
         return path, Stored(*fields)
     except (ValueError, TypeError):
         return "", Stored(0, 0, "")

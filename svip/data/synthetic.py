@@ -13,8 +13,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ SUPERSAMPLING = 3
 VECTOR_SIZE = 50
 """Length of the word vectors."""
 SETTINGS = ("dataset", "split", "fold", "val_seen_fraction", "store_size", "seed")
-"""Fields of DataConfig that shape the bundle."""
+"""Fields of DataConfig that shape the bundle; ``like`` too, where it is set."""
 
 Description = dict[str, str]
 """Attribute group -> value: what a class looks like."""
@@ -101,10 +101,19 @@ def write_synthetic(config: DataConfig, out: Path) -> Bundle:
             for index, role in enumerate(_image_roles(class_role, config.val_seen_fraction)):
                 image, mask = render(description, np.random.default_rng((config.seed, class_id, index)), size)
                 writer.add(f"{class_id:03d}/{index:03d}.png", class_id, role, image, mask)
-        settings = {name: value for name, value in asdict(config).items() if name in SETTINGS}
-        info = {name: settings[name] for name in ("dataset", "split", "fold")}
-        info |= {"settings": settings, "source": {"generator": "svip.data.synthetic"}}
-        return writer.finish(_class_table(descriptions, class_roles), info, {"word_vectors.txt": word_vectors()})
+        classes = _class_table(descriptions, class_roles)
+        return writer.finish(classes, drawn_info(config), {"word_vectors.txt": word_vectors()})
+
+
+def drawn_info(config: DataConfig) -> dict[str, Any]:
+    """What bundle.json says of where drawn images come from, these or those of another data set's size."""
+    like = config.like != "none"
+    settings = {name: getattr(config, name) for name in (*SETTINGS, *(["like"] if like else []))}
+    return {
+        **{name: settings[name] for name in ("dataset", "split", "fold")},
+        "settings": settings,
+        "source": {"generator": "svip.data.scale" if like else "svip.data.synthetic"},
+    }
 
 
 def class_descriptions(seed: int) -> list[Description]:

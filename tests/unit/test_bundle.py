@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +214,10 @@ def test_a_damaged_class_table_is_refused(tmp_path: Path, classes: pd.DataFrame,
         read_bundle(path)
 
 
+def record(**changes: Any) -> bytes:
+    return json.dumps({"format": 2, "sha256": "0" * 64, "files": {}} | changes).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -218,12 +225,18 @@ def test_a_damaged_class_table_is_refused(tmp_path: Path, classes: pd.DataFrame,
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[1]", "found no mapping"),
         (b"{}", "expected format 2, found None"),
-        (b'{"format": 2, "sha256": "0"}', "expected the field files"),
-        (b'{"format": 2, "sha256": "0", "files": {"../images.bin": 3}}', "expected the field files"),
-        (b'{"format": 2, "sha256": "0", "files": {"images.bin": "3"}}', "expected the field files"),
-        (b'{"format": 2, "files": {}}', "expected the field sha256"),
-        (b'{"format": 2, "sha256": "0", "files": {"gone.bin": 3}}', r"not a whole split bundle .*gone\.bin"),
-        (b'{"format": 2, "sha256": "0", "files": {"split.parquet": 3}}', r"split\.parquet: expected 3 bytes"),
+        (record(files=None), "expected the field files"),
+        (record(files={"../images.bin": 3}), "expected the field files"),
+        (record(files={"..": 3}), "expected the field files"),
+        (record(files={"": 3}), "expected the field files"),
+        (record(files={".hidden": 3}), "expected the field files"),
+        (record(files={"a\\b": 3}), "expected the field files"),
+        (record(files={"images.bin": "3"}), "expected the field files"),
+        (record(sha256=None), "expected the field sha256"),
+        (record(sha256="0" * 63), "expected the field sha256, of 64 hex digits"),
+        (record(sha256="/../../x".ljust(64, "0")), "expected the field sha256, of 64 hex digits"),
+        (record(files={"gone.bin": 3}), r"not a whole split bundle .*gone\.bin"),
+        (record(files={"split.parquet": 3}), r"split\.parquet: expected 3 bytes"),
     ],
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -247,6 +260,93 @@ def test_views_stay_valid_when_their_memory_is_given_back(tmp_path: Path) -> Non
     for row in (2, 0, 1):
         bundle.release(row)
     assert views[2].tolist() == picture(90).tolist()
+
+
+def test_verifying_keeps_no_pages_in_memory(tmp_path: Path) -> None:
+    count, side = 40, 640  # 49 MB
+    with BundleWriter(tmp_path / "out") as writer:
+        for number in range(count):
+            writer.add(str(number), 0, "train", np.full((side, side, 3), number, np.uint8))
+        bundle = writer.finish(CLASSES, INFO)
+    before = pages_of_files()
+    bundle.verify()
+    assert pages_of_files() - before < 10_000_000
+
+
+def pages_of_files() -> int:
+    """Bytes of mapped files that are resident in this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssFile:")[2].split()[0])
+
+
+def test_all_files_reach_the_disk_before_they_get_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        events.append(f"{source.name} -> {target.name}")
+        replace(source, target)
+
+    with BundleWriter(tmp_path / "out", {"a.jpg": 1}) as writer:
+        writer.store("a.jpg", picture(0))
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    with BundleWriter(tmp_path / "out", {"a.jpg": 1}) as writer:
+        assert list(writer.stored) == ["a.jpg"]  # so that images.bin is not opened for writing again
+        writer.label("a.jpg", 0, "train")
+        bundle = writer.finish(CLASSES, INFO, {"word_vectors.txt": "red 1\n"})
+    rename = events.index(".out.part -> out")
+    assert {file.name for file in bundle.path.iterdir()} | {".out.part"} <= set(events[:rename])
+    assert events[rename + 1 :] == [tmp_path.name]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_second_writer_never_gets_at_the_folder_that_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    """It tries at each step of publishing; once it may begin, it does so in a folder of its own."""
+    out, refused, trying = tmp_path / "out", 0, False
+    if old:
+        write(out, first_pixel=9)
+
+    def try_first(action: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **options: Any) -> Any:
+            nonlocal refused, trying
+            if not trying:
+                trying = True
+                try:
+                    with BundleWriter(out, {"a.jpg": 2}) as second:
+                        assert not second.stored
+                except BundleError:
+                    refused += 1
+                trying = False
+            return action(*args, **options)
+
+        return step
+
+    with BundleWriter(out, {"a.jpg": 1}) as writer:
+        writer.add("a.jpg", 0, "train", picture(0))
+        monkeypatch.setattr(os, "replace", try_first(os.replace))
+        monkeypatch.setattr(Path, "unlink", try_first(Path.unlink))
+        bundle = writer.finish(CLASSES, INFO)
+    assert refused == 1 + old
+    assert bundle.image(0).tolist() == read_bundle(out).image(0).tolist() == picture(0).tolist()
+    assert not (out / "journal.jsonl").exists()
+    assert not (tmp_path / ".out.old").exists()
+
+
+def test_who_has_published_leaves_the_next_writer_alone(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "out") as writer:
+        writer.add("a.jpg", 0, "train", picture(0))
+        writer.finish(CLASSES, INFO)
+        second = ExitStack()
+        other = second.enter_context(BundleWriter(tmp_path / "out"))
+    with second:
+        other.add("a.jpg", 0, "train", picture(7))
+        assert other.finish(CLASSES, INFO).image(0).tolist() == picture(7).tolist()
 
 
 def replace_table(path: Path, name: str, table: pd.DataFrame) -> None:

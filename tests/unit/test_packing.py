@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -148,6 +149,28 @@ def test_a_killed_packing_goes_on_where_it_was(photos: Path, tmp_path: Path, mon
     names = decoded_by(monkeypatch)
     assert len(pack(photos, out).split) == COUNT
     assert sorted(names) == [f"{number}.png" for number in range(20, COUNT)]
+
+
+def test_a_kill_while_packed_photos_are_checked_loses_none(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = spoil(photos, COUNT - 1)
+    with pytest.raises(DataError, match="1 photos"):
+        pack(photos, tmp_path / "out")
+    process = os.fork()
+    if process == 0:  # killed at the sixth photo
+        checked, sha256 = iter(range(5)), hashlib.sha256
+        monkeypatch.setattr(
+            hashlib, "sha256", lambda data: os._exit(9) if next(checked, None) is None else sha256(data)
+        )
+        pack(photos, tmp_path / "out")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    for photo, content in bad.items():
+        photo.write_bytes(content)
+    names = decoded_by(monkeypatch)
+    pack(photos, tmp_path / "out").verify()
+    assert names == ["29.png"]
 
 
 def test_the_hash_does_not_depend_on_the_order_of_the_store(photos: Path, tmp_path: Path) -> None:

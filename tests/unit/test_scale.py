@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svip.config import ConfigError, DataConfig
+from svip.config import Config, ConfigError, DataConfig
 from svip.data import scale
 from svip.data.bundle import Bundle
 from svip.data.catalog import CATALOG
@@ -122,3 +124,29 @@ def test_what_it_can_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match=r"0\.0 GB free, 0\.\d needed"):
         write(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small")
+def test_preparing_again_does_nothing_unless_settings_changed(tmp_path: Path) -> None:
+    def prepare(**changes: object) -> int:
+        config = Config(data=dataclasses.replace(CONFIG, **changes))  # type: ignore[arg-type]
+        return (prepare_data(config, tmp_path / "out").path / "images.bin").stat().st_ino
+
+    first = prepare()
+    assert prepare() == first
+    assert prepare(seed=4) != first
+
+
+@pytest.mark.usefixtures("small")
+def test_as_many_threads_draw_as_the_container_has_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+
+    class Noted(ThreadPoolExecutor):
+        def __init__(self, threads: int) -> None:
+            counts.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(scale, "ThreadPoolExecutor", Noted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5})
+    write(tmp_path / "out")
+    assert counts == [3]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svip.config import ConfigError, DataConfig
+from svip.config import Config, ConfigError, DataConfig
 from svip.data import synthetic
 from svip.data.bundle import Bundle
+from svip.data.prepare import prepare_data
 from svip.data.synthetic import COLORS, GROUPS, class_descriptions, draw_figure, render, write_synthetic
 from svip.semantics.attributes import Rules, attribute_phrases
 from svip.semantics.vectors import embed_attributes
@@ -58,6 +59,17 @@ def test_same_seed_gives_the_same_bundle_and_another_seed_another(tmp_path: Path
     other = write_synthetic(dataclasses.replace(CONFIG, seed=4), tmp_path / "other")
     assert first.sha256 == second.sha256 != other.sha256
     assert not np.array_equal(first.image(0), other.image(0))
+
+
+@pytest.mark.usefixtures("one_image_a_role")
+def test_preparing_again_does_nothing_unless_settings_changed(tmp_path: Path) -> None:
+    def prepare(**changes: object) -> int:
+        config = Config(data=dataclasses.replace(CONFIG, **changes))  # type: ignore[arg-type]
+        return (prepare_data(config, tmp_path / "out").path / "images.bin").stat().st_ino
+
+    first = prepare()
+    assert prepare() == first
+    assert prepare(fold=2) != first
 
 
 @pytest.mark.usefixtures("one_image_a_role")
