@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from svip.data.bundle import Bundle, BundleWriter
-from svip.data.images import decode
+from svip.data.photos import decode
 from svip.data.store import pixel_sha256
 
 WORKERS, BATCH = 2, 64

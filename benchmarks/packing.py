@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.common import arguments, best_of, markdown, publish, rate, real_photos
 from svip.config import DataConfig
-from svip.data.images import decode
+from svip.data.photos import decode
 from svip.data.prepare import pack
 from svip.data.splits import Split
 

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import io as torchvision_io
 
 from benchmarks.common import BATCH, WORKERS, arguments, best_of, markdown, memory, publish, rate, real_photos
-from svip.data.images import center, decode, short_side
+from svip.data.images import center
+from svip.data.photos import decode, short_side
 
 Pixels = NDArray[np.uint8]
 SIZE, STORED, QUALITY = 224, 256, 95
@@ -198,7 +199,7 @@ def decoder_table(photos: list[Path], rounds: int) -> str:
         "500 x 400": enlarged(small, 500, 400),
         "2000 x 1500": enlarged(small[:20], 2000, 1500),
     }
-    ways: dict[str, Callable[[bytes], Pixels]] = {"svip.data.images.decode": lambda c: decode(io.BytesIO(c), STORED)}
+    ways: dict[str, Callable[[bytes], Pixels]] = {"svip.data.photos.decode": lambda c: decode(io.BytesIO(c), STORED)}
     ways |= {name: partial(shrunk, decoder) for name, decoder in DECODERS.items()}
     ways["pillow with draft"] = partial(shrunk, drafted)
     rows: list[list[Any]] = [[name] for name in ways]

@@ -21,8 +21,9 @@ from PIL import Image
 
 from svip.config import Config
 from svip.data.errors import DataError
-from svip.data.images import decode, square, upright
+from svip.data.images import square
 from svip.data.new_classes import parse_new_classes
+from svip.data.photos import decode, upright
 from svip.evaluation.inference import autocast, choose_device, deciding, distinctions
 from svip.models.svip import SVIP, Prediction
 from svip.training.checkpoint import load_model, read_classes, read_info, write_atomically, write_text

@@ -1,21 +1,18 @@
-"""From photos to batches: decoding, views and augmentation, the order of an epoch, the loader."""
+"""From stored images to batches: views and augmentation, the order of an epoch, the loader."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from svip.config import DataConfig
 from svip.data.bundle import Bundle
+from svip.data.photos import short_side
 
 Item = tuple[int, int]
 """What a batch sampler asks for: epoch, and position in the data set."""
@@ -25,12 +22,6 @@ CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 """Width over height of a random crop, log-uniform."""
 CROP_ATTEMPTS = 10
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""What photos come in; Pillow's other readers start programs or are hardly ever used."""
-MOST_PIXELS, LONGEST = 80_000_000, 20
-"""Largest photo that is decoded, and its longest side over its shortest: a few bytes can claim any size."""
-DECODER = f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
-"""What decoded pixels depend on besides the photo and the size; not on the machine."""
 
 
 class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
@@ -71,39 +62,6 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
         pixels = np.array(image.transpose(2, 0, 1), order="C")  # [3, S, S]
         self.bundle.release(row)
         return torch.from_numpy(pixels), int(self.class_ids[position]), row
-
-
-def decode(file: Path | BinaryIO, store_size: int) -> NDArray[np.uint8]:
-    """Upright RGB pixels of an encoded photo, uint8 [H, W, 3], the shorter side ``store_size`` (0: original size)."""
-    try:
-        photo = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError(f"expected a photo as {', '.join(FORMATS)}, whole and not empty") from None
-    with photo:
-        return upright(photo, store_size)
-
-
-def upright(photo: Image.Image, store_size: int) -> NDArray[np.uint8]:
-    """As ``decode``, of an open photo. ValueError for a size that is no photo's."""
-    if photo.width * photo.height > MOST_PIXELS or max(photo.size) > LONGEST * min(photo.size):
-        raise ValueError(
-            f"{photo.width} x {photo.height} pixels: expected at most {MOST_PIXELS // 10**6} megapixels, and no side "
-            f"more than {LONGEST} times the other"
-        )
-    photo.load()
-    # where there is nothing to turn or to convert, Pillow would copy: a twentieth of the time of decoding
-    if photo.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        photo = ImageOps.exif_transpose(photo)
-    if photo.mode.startswith("I;16"):  # Pillow's own conversion would make all above 255 white
-        photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
-    elif photo.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {photo.mode} (32 bits): expected 8 or 16 bits a channel")
-    if photo.mode != "RGB":
-        photo = photo.convert("RGB")
-    if store_size:
-        height, width = short_side(photo.height, photo.width, store_size)
-        photo = photo.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(photo)
 
 
 def square(image: NDArray[np.uint8], size: int, view: str) -> NDArray[np.uint8]:
@@ -154,13 +112,6 @@ def resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last in memory
     resized = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
-
-
-def short_side(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) scaled so that the shorter side is ``size``, the longer rounded down as in torchvision."""
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size
 
 
 class EpochBatches(Sampler[list[Item]]):

@@ -27,7 +27,7 @@ from svip.data.catalog import CATALOG, attribute_file, photo_folder, xlsa17_fold
 from svip.data.custom import read_custom
 from svip.data.errors import DataError
 from svip.data.fetch import fetch
-from svip.data.images import DECODER, FORMATS, decode, resize, short_side
+from svip.data.photos import DECODER, FORMATS, decode, short_side, shrink
 from svip.data.splits import Listing, Split, make_split, read_listing
 from svip.data.store import pixel_sha256
 
@@ -89,6 +89,8 @@ def plan_bundle(config: Config) -> Plan:
     for key, dataset in {"like": "synthetic", "images": "custom", "attributes": "custom"}.items():
         if getattr(data, key) not in (None, "none") and data.dataset != dataset:
             raise ConfigError(f"data.{key} is for {dataset} data only, not for {data.dataset} (--dataset {dataset})")
+    if data.mirror and data.dataset not in CATALOG:
+        raise ConfigError(f"data.mirror={data.mirror}: there is nothing to fetch of {data.dataset} data")
     if data.dataset == "synthetic":
         # not needed, and so not loaded, for real data
         from svip.data.scale import write_scale
@@ -150,8 +152,8 @@ def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out
         if unreadable:
             named = "".join(f"\n  {photo}" for photo in unreadable[:MISSING_NAMED])
             raise DataError(
-                f"{len(unreadable)} photos below {photos} can't be decoded; fetch them again (the other "
-                f"{len(writer.stored)} stay packed):{named}"
+                f"{len(unreadable)} photos below {photos} can't be decoded; fetch them again, such as with `svip fetch "
+                f"{data.dataset} --again` (the other {len(writer.stored)} stay packed):{named}"
             )
         for row in table.itertuples(index=False):
             writer.label(row.path, row.class_id, row.role)
@@ -179,13 +181,9 @@ def decode_all(files: list[Path], store_size: int, boxes: Sequence[Box | None] =
 def _try_decode(file: Path, store_size: int, box: Box | None) -> Decoded | str:
     try:
         content = file.read_bytes()
-        if box is None:
-            pixels = decode(io.BytesIO(content), store_size)
-        else:
-            pixels = cut(decode(io.BytesIO(content), 0), box)
-            height, width = pixels.shape[:2]
-            if store_size:
-                pixels = resize(pixels, *short_side(height, width, store_size))
+        pixels = decode(io.BytesIO(content), 0 if box else store_size)
+        if box:
+            pixels = shrink(cut(pixels, box), store_size)
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error ...
         return str(error) or type(error).__name__
     return Decoded(pixels, pixel_sha256(pixels), hashlib.sha256(content).hexdigest())

@@ -12,7 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from svip.config import DataConfig
 from svip.data.bundle import Bundle, BundleWriter
-from svip.data.images import EpochBatches, ImageDataset, center, decode, loader, random_crop, resize, short_side
+from svip.data.images import EpochBatches, ImageDataset, center, loader, random_crop, resize
+from svip.data.photos import decode, short_side
 
 
 def coordinates(height: int, width: int) -> np.ndarray:

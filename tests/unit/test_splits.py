@@ -16,7 +16,7 @@ from svip.data import prepare
 from svip.data.bundle import read_bundle
 from svip.data.catalog import CATALOG, DatasetSpec, attribute_file, photo_folder, xlsa17_folder
 from svip.data.errors import DataError
-from svip.data.images import decode
+from svip.data.photos import decode
 from svip.data.splits import (
     Listing,
     Split,
