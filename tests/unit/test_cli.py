@@ -23,6 +23,7 @@ from svip import cli
 from svip.cli import shared
 from svip.config import Config, from_yaml, load_config, presets
 from svip.data.bundle import Bundle, BundleWriter
+from svip.data.prepare import Plan
 from svip.semantics.vectors import read_embedding
 
 STEPS = ("prepare-data", "embed-attributes", "train", "evaluate", "report")
@@ -226,11 +227,11 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Configurations that reach the making of bundles, which rendering or decoding would make slow."""
     configurations: list[Config] = []
 
-    def make(config: Config, out: Path) -> Bundle:
+    def plan(config: Config) -> Plan:
         configurations.append(config)
-        return write_bundle(out)
+        return Plan({"settings": {}, "source": {}}, write_bundle)
 
-    monkeypatch.setattr("svip.steps.make_bundle", make)
+    monkeypatch.setattr("svip.steps.plan_bundle", plan)
     return configurations
 
 
