@@ -247,6 +247,8 @@ def test_settings_that_no_table_can_fill_are_refused(tmp_path: Path) -> None:
         real = load_config("paper/cub", [f"data.{key}={value}"])
         with pytest.raises(ConfigError, match=rf"data\.{key} is for (custom|synthetic) data only, not for cub"):
             prepare_data(real, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"data\.mirror=web: there is nothing to fetch of custom data"):
+        prepare_data(Config(data=dataclasses.replace(config, mirror="web")), tmp_path / "out")
     changes: dict[str, Any]
     for changes, message in (
         ({"images": None}, "needs both tables"),
