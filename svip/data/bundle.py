@@ -266,14 +266,9 @@ class BundleWriter:
         self.label(path, class_id, role)
 
     def store(
-        self,
-        path: str,
-        image: NDArray[np.uint8],
-        mask: NDArray[np.uint8] | None = None,
-        sha256: str = "",
-        note: str = "",
+        self, path: str, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None = None, sha256: str = ""
     ) -> None:
-        """The first half of ``add``. ``sha256``: the image's pixel_sha256 where known; ``note`` is kept with it."""
+        """The first half of ``add``. ``sha256``: the image's pixel_sha256 where known."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise BundleError(f"{path}: expected uint8 pixels [H, W, 3], found {image.dtype} {list(image.shape)}")
         if mask is not None and (mask.dtype != np.uint8 or mask.shape != image.shape[:2]):
@@ -282,7 +277,7 @@ class BundleWriter:
             )
         if path in self.stored:
             raise BundleError(f"{path}: there is an image of this path already")
-        self._store.append(path, image, mask, sha256, note)
+        self._store.append(path, image, mask, sha256)
         self._masked += mask is not None
 
     def label(self, path: str, class_id: int, role: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import shutil
@@ -35,18 +34,17 @@ log = logging.getLogger(__name__)
 
 SETTINGS = ("dataset", "split", "fold", "val_seen_fraction", "store_size", "allow_missing", "seed")
 """Fields of DataConfig that shape the bundle of any photos; of one's own, ``unseen_fraction`` does too."""
-AHEAD = 8
-"""Photos a core decodes ahead of the writer; bounds the memory of packing."""
+BATCH, AHEAD = 8, 2
+"""Photos that a thread decodes in one go, and such batches a core ahead of the writer; they bound the memory."""
 SAMPLE = 100
 """Photos whose size is looked at to estimate the size of the bundle."""
 
 
 class Decoded(NamedTuple):
-    """A photo's pixels, uint8 [H, W, 3], their pixel_sha256, and the sha256 of its file."""
+    """A photo's pixels, uint8 [H, W, 3], and their pixel_sha256."""
 
     pixels: NDArray[np.uint8]
     sha256: str
-    photo_sha256: str
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out
             if isinstance(photo, str):
                 unreadable.append(f"{path} ({photo})")
             else:
-                writer.store(path, photo.pixels, sha256=photo.sha256, note=photo.photo_sha256)
+                writer.store(path, photo.pixels, sha256=photo.sha256)
         if unreadable:
             named = "".join(f"\n  {photo}" for photo in unreadable[:MISSING_NAMED])
             raise DataError(
@@ -157,9 +155,7 @@ def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out
             )
         for row in table.itertuples(index=False):
             writer.label(row.path, row.class_id, row.role)
-        content = _digest((path, writer.stored[path].note) for path in table["path"])
-        made = info | {"decoder": DECODER, "photo_content_sha256": content}
-        return writer.finish(split.classes, made, missing=split.missing)
+        return writer.finish(split.classes, info | {"decoder": DECODER}, missing=split.missing)
 
 
 def decode_all(files: list[Path], store_size: int, boxes: Sequence[Box | None] = ()) -> Iterator[Decoded | str]:
@@ -167,26 +163,33 @@ def decode_all(files: list[Path], store_size: int, boxes: Sequence[Box | None] =
 
     Uses all cores.
     """
+    photos = list(zip(files, boxes or [None] * len(files), strict=True))
     cores = len(os.sched_getaffinity(0))
-    waiting: deque[Future[Decoded | str]] = deque()
+    waiting: deque[Future[list[Decoded | str]]] = deque()
     with ThreadPoolExecutor(cores) as pool:  # Pillow decodes and resamples outside the GIL: threads suffice
-        for file, box in zip(files, boxes or [None] * len(files), strict=True):
-            waiting.append(pool.submit(_try_decode, file, store_size, box))
+        for start in range(0, len(photos), BATCH):
+            batch = photos[start : start + BATCH]
+            waiting.append(
+                pool.submit(lambda batch: [_try_decode(file, store_size, box) for file, box in batch], batch)
+            )
             if len(waiting) > AHEAD * cores:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
+
+
+def _decode_batch(photos: Sequence[tuple[Path, Box | None]], store_size: int) -> list[Decoded | str]:
+    return [_try_decode(file, store_size, box) for file, box in photos]
 
 
 def _try_decode(file: Path, store_size: int, box: Box | None) -> Decoded | str:
     try:
-        content = file.read_bytes()
-        pixels = decode(io.BytesIO(content), 0 if box else store_size)
+        pixels = decode(file, 0 if box else store_size)
         if box:
             pixels = shrink(cut(pixels, box), store_size)
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error ...
         return str(error) or type(error).__name__
-    return Decoded(pixels, pixel_sha256(pixels), hashlib.sha256(content).hexdigest())
+    return Decoded(pixels, pixel_sha256(pixels))
 
 
 def _check_space(files: list[Path], store_size: int, out: Path) -> None:

@@ -32,7 +32,6 @@ class Stored:
     width: int
     sha256: str
     origin: Any = None
-    note: str = ""
 
 
 class Store:
@@ -61,16 +60,14 @@ class Store:
         self._files: dict[str, FileIO] = {}
         self._take_up()
 
-    def append(
-        self, path: str, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None, sha256: str = "", note: str = ""
-    ) -> None:
+    def append(self, path: str, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None, sha256: str = "") -> None:
         """Write an image, uint8 [H, W, 3], and its mask, uint8 [H, W]. ``sha256``: its pixel_sha256 where known."""
         self._write("images.bin", image)
         if mask is not None:
             self._write("masks.bin", mask)
         height, width = image.shape[:2]
         origin = self._origins[path] if self._origins else None
-        stored = self.images[path] = Stored(height, width, sha256 or pixel_sha256(image, mask), origin, note)
+        stored = self.images[path] = Stored(height, width, sha256 or pixel_sha256(image, mask), origin)
         self._journal.write(json.dumps([path, *astuple(stored)]) + "\n")
 
     def sync(self) -> None:
