@@ -33,12 +33,14 @@ def _describe(package: Package) -> dict[str, Any]:
 
 
 def _here(package: Package, root: Path) -> dict[str, Any]:
-    """archives: name -> unpacked, downloaded or missing, and whether it was checked; of a data set also its photos and
+    """archives: name -> what of it is there, and whether it was checked; of a data set also its photos and
     the version of its splits (None: not there)."""
     states = {}
     for there in present(package.name, root):
         state = "unpacked" if there.complete else "downloaded" if there.downloaded else "missing"
-        states[there.archive.name] = f"{state}, checked" if there.record else state
+        if state != "missing":
+            state = f"{state}, checked" if there.record else "found, not checked"
+        states[there.archive.name] = state
     if not isinstance(package, DatasetSpec):
         return {"archives": states}
     return {"archives": states, "photos": _photos(package, root), "proposed_split": _version(package, root)}
