@@ -37,9 +37,11 @@ def _here(package: Package, root: Path) -> dict[str, Any]:
     the version of its splits (None: not there)."""
     states = {}
     for there in present(package.name, root):
-        state = "unpacked" if there.complete else "downloaded" if there.downloaded else "missing"
-        if state != "missing":
-            state = f"{state}, checked" if there.record else "found, not checked"
+        checked, state = there.record is not None, "missing"
+        if there.complete:
+            state = "unpacked, checked" if checked else "content found, not checked"
+        elif there.downloaded:
+            state = "downloaded, checked" if checked else "archive found, not checked"
         states[there.archive.name] = state
     if not isinstance(package, DatasetSpec):
         return {"archives": states}

@@ -50,11 +50,11 @@ def test_archives_and_photos_under_the_root_are_found(tmp_path: Path) -> None:
         (tmp_path / path).touch()
     here = {entry["name"]: entry["here"] for entry in inventory(tmp_path)}
     assert here["cub"] == {
-        "archives": {"CUB_200_2011.tgz": "found, not checked", "xlsa17.zip": "missing"},
+        "archives": {"CUB_200_2011.tgz": "content found, not checked", "xlsa17.zip": "missing"},
         "photos": 2,
         "proposed_split": None,
     }
-    assert here["sun"]["archives"]["SUNAttributeDB.tar.gz"] == "downloaded"
+    assert here["sun"]["archives"]["SUNAttributeDB.tar.gz"] == "archive found, not checked"
 
 
 def test_the_wrong_sun_is_told_apart(tmp_path: Path) -> None:
