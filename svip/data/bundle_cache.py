@@ -9,15 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from svip.data import s3
 from svip.data.bundle import Bundle, BundleError, parse_info, read_bundle
 from svip.data.errors import DataError
 from svip.data.prepare import Plan
-from svip.data.sources import is_remote
-from svip.data.transfer import Expected, cache_folder, download, open_source, read_bytes
+from svip.data.sources import is_remote, shown
+from svip.data.transfer import Expected, cache_folder, download, locked, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +31,9 @@ def open_bundle(address: str) -> Bundle:
         return read_bundle(address)
     address, folder = address.rstrip("/"), cached_bundle(address)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder):
         record = read_bytes(f"{address}/bundle.json")
-        info = parse_info(record, f"{_shown(address)}/bundle.json")
+        info = parse_info(record, f"{shown(address)}/bundle.json")
         if _holds(folder, record):
             return read_bundle(folder)
         # a name of its own for each content: what was begun of another one is of no use
@@ -81,7 +80,7 @@ def check_bucket(address: str) -> None:
     """DataError where no bundle can be uploaded to the address."""
     if not address.startswith("s3://"):
         raise DataError(
-            f"{_shown(address)}: expected s3://bucket/prefix to upload the bundle to; in a folder, on another disk or "
+            f"{shown(address)}: expected s3://bucket/prefix to upload the bundle to; in a folder, on another disk or "
             "for a web server, it is its files that count: prepare it in a folder, and copy that"
         )
     s3.split_address(address)
@@ -106,14 +105,9 @@ def cached_bundle(address: str) -> Path:
 
     No address's folder lies in another's, and no name shows a password.
     """
-    shown = _shown(address)
-    name = re.sub(r"[^\w.+-]", "_", shown.rpartition("/")[2])
-    return cache_folder() / "bundles" / hashlib.sha256(shown.encode()).hexdigest()[:12] / name
-
-
-def _shown(address: str) -> str:
-    """Without user and password."""
-    return open_source(address.rstrip("/")).address
+    place = shown(address.rstrip("/"))
+    name = re.sub(r"[^\w.+-]", "_", place.rpartition("/")[2])
+    return cache_folder() / "bundles" / hashlib.sha256(place.encode()).hexdigest()[:12] / name
 
 
 def _holds(folder: Path, record: bytes) -> bool:

@@ -28,6 +28,7 @@ from svip.data.errors import DataError
 from svip.data.pieces import Partial, Patience, write_json
 from svip.data.s3 import S3Source
 from svip.data.sources import CHUNK, Changed, FileSource, HttpSource, Interrupted, Source, is_remote
+from svip.data.store import sync
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -221,7 +222,7 @@ def _fetch(
         return _fetch(source, part, expected, room, connections, patience, renewals - 1)
     sha256 = _check(part.path, expected, part.discard)
     os.replace(part.path, part.target)
-    _sync_folder(part.target.parent)
+    sync(part.target.parent)
     part.discard()
     return _record(part.target, sha256, source.address, found.version)
 
@@ -285,12 +286,3 @@ def _record(target: Path, sha256: str, source: str, version: str | None) -> Reco
     )
     record.write(target)
     return record
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name reaches the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

