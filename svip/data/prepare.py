@@ -149,9 +149,10 @@ def pack(split: Split, photos: Path, data: DataConfig, info: dict[str, Any], out
                 writer.store(path, photo.pixels, sha256=photo.sha256)
         if unreadable:
             named = "".join(f"\n  {photo}" for photo in unreadable[:MISSING_NAMED])
+            command = f", such as with `svip fetch {data.dataset} --root {data.root} --again`"
             raise DataError(
-                f"{len(unreadable)} photos below {photos} can't be decoded; fetch them again, such as with `svip fetch "
-                f"{data.dataset} --again` (the other {len(writer.stored)} stay packed):{named}"
+                f"{len(unreadable)} photos below {photos} can't be decoded; fetch them again"
+                f"{command if data.dataset in CATALOG else ''} (the other {len(writer.stored)} stay packed):{named}"
             )
         for row in table.itertuples(index=False):
             writer.label(row.path, row.class_id, row.role)

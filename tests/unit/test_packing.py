@@ -125,6 +125,15 @@ def test_only_what_is_intact_and_of_the_same_origin_is_kept(
     assert not work.exists()
 
 
+def test_unreadable_photos_are_fetched_by_the_command_that_there_is(photos: Path, tmp_path: Path) -> None:
+    spoil(photos, 3)
+    for data, told in ((DataConfig("custom"), False), (DataConfig("cub", root="data"), True)):
+        with pytest.raises(DataError, match="1 photos below .* can't be decoded; fetch them again") as refused:
+            prepare.pack(split(), photos, data, {}, tmp_path / "out")
+        assert ("`svip fetch cub --root data --again`" in str(refused.value)) is told
+        assert ("svip fetch" in str(refused.value)) is told
+
+
 def test_a_killed_packing_goes_on_where_it_was(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
