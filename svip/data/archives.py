@@ -11,7 +11,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +45,24 @@ class _Member:
     """Bytes of the archive read for it, for the progress bar."""
 
 
-def extract(archive: Path, into: Path, *, most_bytes: int | None = None, most_members: int = MEMBERS) -> list[str]:
+class Lacking(DataError):
+    """A sound archive, but not with the content that was expected."""
+
+
+def extract(
+    archive: Path,
+    into: Path,
+    *,
+    holds: Sequence[str] = (),
+    most_bytes: int | None = None,
+    most_members: int = MEMBERS,
+) -> list[str]:
     """Unpack a tar, tar.gz or zip below ``into``; the names of its entries there.
 
     Everything is unpacked beside first: of an archive that is refused nothing is left. Existing folders are filled up
     and existing files replaced. ``most_bytes``: RATIO times the archive's size, at least ALWAYS_ALLOWED, if not given.
-    DataError names the member: a link, a device, a path out of the folder, a name twice, an encrypted or damaged
-    member, or one beyond the limits.
+    Lacking where the archive has none of one of the paths ``holds``; else DataError names the member: a link, a device,
+    a path out of the folder, a name twice, an encrypted or damaged member, or one beyond the limits.
     """
     size = archive.stat().st_size
     most_bytes = most_bytes or max(ALWAYS_ALLOWED, RATIO * size)
@@ -70,6 +81,9 @@ def extract(archive: Path, into: Path, *, most_bytes: int | None = None, most_me
                     raise DataError(f"{archive}: more than {most_members:,} members; refused")
                 left -= _write(member, draft, left, archive)
                 bar.update(member.packed)
+        missing = [path for path in holds if not (draft / path).exists()]
+        if missing:
+            raise Lacking(f"{archive} holds no {', '.join(missing)}: another file, or changed; nothing was unpacked")
         entries = sorted(entry.name for entry in draft.iterdir())
         _move(draft, into)
         return entries

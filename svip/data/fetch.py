@@ -21,12 +21,12 @@ from uuid import uuid4
 from tqdm import tqdm
 
 from svip.data import s3
-from svip.data.archives import extract
+from svip.data.archives import Lacking, extract
 from svip.data.catalog import CATALOG, PACKAGES, Archive
 from svip.data.errors import DataError
 from svip.data.pieces import PIECE, piece_digests, write_json
 from svip.data.sources import CHUNK, Interrupted, is_remote, shown
-from svip.data.transfer import Expected, Record, download, locked, need_room, open_source, read_bytes
+from svip.data.transfer import FOUND, Expected, Record, download, locked, need_room, open_source, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -157,12 +157,14 @@ def _fetch_archive(archive: Archive, root: Path, mirror: str) -> None:
     # a kill while it is unpacked must not look like the end of an earlier time
     record = dataclasses.replace(record, extracted=None)
     record.write(place)
-    entries = extract(place, folder)
-    missing = [path for path in archive.holds if not (folder / path).exists()]
-    if missing:
-        raise DataError(
-            f"{place} was unpacked to {folder}, but holds no {', '.join(missing)}: another file, or changed"
-        )
+    try:
+        entries = extract(place, folder, holds=archive.holds)
+    except Lacking:
+        if archive.sha256 is None and archive.md5 is None:  # the right file must not be held against this one
+            Record.path(place).unlink()
+            if record.source != FOUND:
+                place.unlink()
+        raise
     dataclasses.replace(record, extracted=entries).write(place)
 
 

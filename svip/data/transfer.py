@@ -33,6 +33,9 @@ from svip.data.store import sync
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+FOUND = "found there"
+"""Source of a file that was put into its place by other means."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
@@ -245,7 +248,7 @@ def _check_present(target: Path, known: Record | None, expected: Expected) -> Re
         return known
     log.info("%s is there already; checking it", target)
     sha256 = _check(target, expected)
-    record = _record(target, sha256, known.source if known else "found there", known.version if known else None)
+    record = _record(target, sha256, known.source if known else FOUND, known.version if known else None)
     if known:
         record = dataclasses.replace(record, extracted=known.extracted)
         record.write(target)

@@ -66,7 +66,7 @@ def test_what_was_lost_is_unpacked_again_from_the_archive_that_is_there(tmp_path
 def test_unpacking_that_was_killed_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, root = str(xlsa17(tmp_path / "source")), tmp_path / "data"
 
-    def killed(place: Path, folder: Path) -> list[str]:
+    def killed(place: Path, folder: Path, **_: object) -> list[str]:
         extract(place, folder)
         (root / XLSA17.holds[0]).write_text("not yet replaced")
         raise KeyboardInterrupt
@@ -170,6 +170,14 @@ def test_an_archive_without_what_it_must_hold_is_another_file(tmp_path: Path) ->
     source = xlsa17(tmp_path / "source", XLSA17.holds[1:])
     with pytest.raises(DataError, match="holds no xlsa17/data/CUB/att_splits.mat"):
         fetch("xlsa17", tmp_path / "data", str(source))
+    assert names(tmp_path / "data") == ["archives"]
+    assert names(tmp_path / "data" / "archives") == []
+    (there,) = fetch("xlsa17", tmp_path / "data", str(xlsa17(tmp_path / "good")))  # not held against the other
+    assert there.complete
+    by_hand = xlsa17(tmp_path / "own" / "archives", XLSA17.holds[1:])
+    with pytest.raises(DataError, match="holds no xlsa17/data/CUB/att_splits.mat"):
+        fetch("xlsa17", tmp_path / "own", str(source))
+    assert names(by_hand) == ["xlsa17.zip"]
 
 
 def test_a_mirror_is_checked_against_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
