@@ -17,6 +17,7 @@ from svip import steps
 from svip.config import Config, load_config, to_yaml
 from svip.data.bundle import Bundle
 from svip.semantics.vectors import Embedding, write_embedding
+from svip.steps import model as model_steps
 from svip.sweep import FailedRuns
 from svip.training.loop import Log
 
@@ -143,7 +144,7 @@ def test_an_interrupted_sweep_goes_on_within_the_run_that_it_was_in(
     ablate: Ablate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ablate(tmp_path / "whole")
-    train = steps.train_model
+    train = model_steps.train_model
     epochs: list[tuple[str, int]] = []
 
     def recorded(config: Config, data: Bundle, words: Any, out: Path, report: Log) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def test_an_interrupted_sweep_goes_on_within_the_run_that_it_was_in(
 
         return train(config, data, words, out, note)
 
-    monkeypatch.setattr(steps, "train_model", recorded)
+    monkeypatch.setattr(model_steps, "train_model", recorded)
     with pytest.raises(KeyboardInterrupt):
         ablate(tmp_path / "out")
     assert epochs[-2][0] == "full final"

@@ -16,7 +16,7 @@ from kfp.compiler import Compiler
 from mlflow import MlflowClient
 
 from components import IMAGE
-from pipelines import submit
+from pipelines import catalog, local
 
 TINY = [
     "model.backbone_args.depth=1",
@@ -31,7 +31,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("compiled") / "ablation.yaml"
-    Compiler().compile(submit.find_pipeline("ablation"), str(path))
+    Compiler().compile(catalog.find_pipeline("ablation"), str(path))
     return yaml.safe_load(path.read_text())
 
 
@@ -114,6 +114,6 @@ def test_two_variants_with_two_seeds_make_a_table_under_one_mlflow_run(tmp_path:
 
 
 def test_an_option_of_another_pipeline_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(submit.PipelineError, match="pipeline experiment has no seeds; leave out --seeds"):
-        submit.run("experiment", "smoke", [], tmp_path / "out", seeds=2)
+    with pytest.raises(catalog.PipelineError, match="pipeline experiment has no seeds; leave out --seeds"):
+        local.run("experiment", "smoke", [], tmp_path / "out", seeds=2)
     assert not (tmp_path / "out").exists()

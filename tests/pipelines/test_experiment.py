@@ -18,7 +18,9 @@ from kfp.compiler import Compiler
 from mlflow import MlflowClient
 
 from components import IMAGE
-from pipelines import submit
+from pipelines import catalog
+from pipelines.cli import compile_command
+from pipelines.steplog import StepLog
 
 TINY = [
     "model.backbone_args.depth=1",
@@ -33,7 +35,7 @@ STEPS = ("open-run", "prepare-data", "embed-attributes", "train", "evaluate", "r
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("compiled") / "experiment.yaml"
-    Compiler().compile(submit.find_pipeline("experiment"), str(path))
+    Compiler().compile(catalog.find_pipeline("experiment"), str(path))
     return yaml.safe_load(path.read_text())
 
 
@@ -114,7 +116,7 @@ def test_artifacts_are_typed(compiled: dict[str, Any]) -> None:
         ("report", "files"): "system.Artifact",
         ("report", "page"): "system.HTML",
     }
-    assert {step for step, _ in types} == {source.split("/")[0] for source in submit.RESULTS["experiment"].values()}
+    assert {step for step, _ in types} == {source.split("/")[0] for source in catalog.RESULTS["experiment"].values()}
 
 
 def test_every_component_has_a_readme_with_its_inputs_and_outputs() -> None:
@@ -132,7 +134,7 @@ def test_every_component_has_a_readme_with_its_inputs_and_outputs() -> None:
 
 def test_the_terminal_shows_the_steps_and_their_output_without_kfps_chatter() -> None:
     terminal, file = io.StringIO(), io.StringIO()
-    log = submit.StepLog(terminal, file)
+    log = StepLog(terminal, file)
     said = (
         "04:45:18.052 - INFO - Executing task \x1b[96m'open-run'\x1b[0m\n"
         "04:45:18.052 - INFO - Task \x1b[96m'open-run'\x1b[0m finished with status \x1b[92mSUCCESS\x1b[0m\n"
@@ -225,6 +227,6 @@ def test_a_mistyped_override_is_refused_before_anything_starts(odd_folder: Path)
 
 
 def test_compile_writes_one_file(tmp_path: Path) -> None:
-    submit.compile_command("experiment", tmp_path / "new" / "experiment.yaml")
+    compile_command("experiment", tmp_path / "new" / "experiment.yaml")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["experiment.yaml"]
     shutil.rmtree(tmp_path / "new")

@@ -231,7 +231,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         configurations.append(config)
         return Plan({"settings": {}, "source": {}}, write_bundle)
 
-    monkeypatch.setattr("svip.steps.plan_bundle", plan)
+    monkeypatch.setattr("svip.steps.data.plan_bundle", plan)
     return configurations
 
 

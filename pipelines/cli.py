@@ -1,0 +1,64 @@
+"""``svip pipeline ...``: compile a pipeline, or run it on this machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.catalog import PIPELINES, find_pipeline
+from pipelines.local import run
+from svip.cli.shared import Overrides, Preset, example, print_metrics, print_table
+from svip.tracking import shown_uri
+
+Name = Annotated[str, typer.Argument(help=f"Which pipeline: {', '.join(PIPELINES)}.", show_default=False)]
+
+app = typer.Typer(help="Compile pipelines and run them.", no_args_is_help=True)
+
+
+@app.command("run", epilog=example("svip pipeline run experiment --preset smoke --out runs/demo"))
+def run_command(
+    name: Name,
+    overrides: Overrides = None,
+    preset: Preset = "smoke",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write to.", show_default="runs/NAME")
+    ] = None,
+    variants: Annotated[str, typer.Option(help="Of ablation: all, or names with commas.")] = "",
+    seeds: Annotated[int, typer.Option(help="Of ablation: seeds of each variant.")] = 0,
+) -> None:
+    """Run a pipeline on this machine, each step in a process of its own."""
+    parameters = {"variants": variants.split(",")} if variants else {}
+    out = out or Path("runs") / name
+    run(name, preset, overrides or [], out, **parameters, **({"seeds": seeds} if seeds else {}))
+    show_results(name, out)
+
+
+@app.command("compile", epilog=example("svip pipeline compile experiment --out experiment.yaml"))
+def compile_command(
+    name: Name, out: Annotated[Path, typer.Option("--out", "-o", help="The YAML file to write.")]
+) -> None:
+    """Write a pipeline as the YAML file that any Kubeflow Pipelines 2 server takes."""
+    from kfp.compiler import Compiler
+
+    pipeline = find_pipeline(name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.stem}.part.yaml")  # the compiler looks at the suffix
+    Compiler().compile(pipeline, str(part))
+    part.replace(out)
+    print(out)
+
+
+def show_results(name: str, out: Path) -> None:
+    """Print the accuracies, and where everything is."""
+    if name == "ablation":
+        print_table(out / "ablation.html")
+    else:
+        print_metrics(json.loads((out / "metrics.json").read_text()))
+        for label, path in {"Report": "report.html", "Numbers": "metrics.json", "Checkpoint": "checkpoint"}.items():
+            print(f"{label + ':':<12}{out / path}")
+    uri = shown_uri()
+    print(f"{'MLflow:':<12}{f'mlflow ui --backend-store-uri {shlex.quote(uri)}' if uri.startswith('sqlite') else uri}")

@@ -1,0 +1,28 @@
+"""The MLflow run that frames a pipeline, and what the runs of all steps are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from svip import tracking
+from svip.config import Config, flatten, load_config, variant
+
+
+def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
+    """Check the configuration, start the MLflow run that all steps belong to, and return its id."""
+    config = load_config(preset, overrides)
+    return tracking.open_run(pipeline, experiment_of(config), flatten(config), {"preset": preset})
+
+
+def close_run(run_id: str, status: str) -> None:
+    """End the parent run: FINISHED, FAILED or KILLED."""
+    tracking.close_run(run_id, status)
+
+
+def named(config: Config, run: str) -> dict[str, str]:
+    """Tags that say what is trained: the ablation's own name for it where there is one."""
+    return {"variant": run.partition(":")[0] or variant(config), "seed": str(config.train.seed)}
+
+
+def experiment_of(config: Config) -> str:
+    return f"svip/{config.data.dataset}"
