@@ -71,7 +71,7 @@ up() {
         fail "MLflow is '${state:-not created}', not healthy: its last lines are above"
     fi
     local address
-    address=$(setting ADDRESS)
+    address=$(setting SERVER_ADDRESS)
     cat <<END
 
 The server answers. In a shell that is to use it:
