@@ -20,7 +20,7 @@ optuna=$(random)
 
 # clients: pipelines and training
 cat >svip-mlflow.env <<END
-MLFLOW_TRACKING_URI=http://mlflow:5000
+MLFLOW_TRACKING_URI=http://svip-mlflow:5000
 MLFLOW_TRACKING_USERNAME=svip
 MLFLOW_TRACKING_PASSWORD=$(random)
 END
@@ -29,7 +29,7 @@ AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-svip}
 AWS_SECRET_ACCESS_KEY=${AWS_SECRET_ACCESS_KEY:-$(random)}
 END
 cat >svip-tuning.env <<END
-SVIP_TUNING_STORAGE=postgresql+psycopg2://optuna:$optuna@postgres:5432/optuna
+SVIP_TUNING_STORAGE=postgresql+psycopg2://optuna:$optuna@svip-postgres:5432/optuna
 END
 # MLflow's server and its database
 cat >svip-server.env <<END
