@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (folder / "s3").mkdir()
         store = [weed, *_command(plan["s3"], here["s3"]), *(f"-{part}={ports[part]}" for part in parts[1:])]
         health = _health(plan["s3"]).replace("http://127.0.0.1:8333", addresses["AWS_ENDPOINT_URL"])
-        stack.enter_context(_running(store, environments["s3"], folder / "s3.log", health))
+        stack.enter_context(_running(store, environments["s3"], folder / "s3.log", health, signal.SIGKILL))
         make = [sys.executable, *plan["buckets"]["entrypoint"][1:], *plan["buckets"]["command"]]
         for _ in range(2):  # as after each `make up`
             subprocess.run(make, check=True, env=environments["buckets"])
@@ -111,7 +112,9 @@ def _health(service: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _running(command: list[str], env: dict[str, str], log: Path, health: str) -> Iterator[None]:
+def _running(
+    command: list[str], env: dict[str, str], log: Path, health: str, end: signal.Signals = signal.SIGTERM
+) -> Iterator[None]:
     """Run a server; the block begins once it answers at ``health``."""
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=file, stderr=file)
@@ -122,12 +125,8 @@ def _running(command: list[str], env: dict[str, str], log: Path, health: str) ->
             time.sleep(0.2)
         yield
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.send_signal(end)
+        process.wait(60)
 
 
 def _answers(address: str) -> bool:
