@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint format ui clean
+.PHONY: help setup demo test test-quick lint format ui up down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ format: $(READY)  ## put the code into shape
 
 ui: $(READY)  ## show the tracked runs at http://127.0.0.1:5000 (PORT=5000)
 	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --port $(PORT)
+
+up:  ## start a team's server in Docker: MLflow, PostgreSQL, an S3 store (settings: infra/.env; docs/server.md)
+	@infra/server.sh up
+
+down:  ## stop that server and keep what it holds (VOLUMES=remove: remove that too)
+	@infra/server.sh down $(if $(filter remove,$(VOLUMES)),--volumes)
 
 clean:  ## remove the virtual environment and caches; results (runs, mlflow.db, mlruns) stay
 	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
