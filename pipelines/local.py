@@ -71,14 +71,14 @@ def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path) -> 
 
     runs.mkdir(exist_ok=True)
     if runner == "subprocess":
-        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(runs))
+        local.init(local.SubprocessRunner(use_venv=False), str(runs), workspace_root="")
         with _stopping_with(_end_children):
             yield
         return
     from pipelines.containers import Containers
 
     containers = Containers(config, preset, out)
-    local.init(containers.runner, pipeline_root=str(runs))
+    local.init(containers.runner, str(runs), workspace_root="")
     with containers.in_place_of_kfps(), _stopping_with(lambda number: containers.stop()):
         yield
 
