@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need a Docker engine. All of them run in one process (`xdist_group`), with one engine."""
+"""Fixtures of the tests that need a Docker engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,6 @@ import docker
 import pytest
 from docker import DockerClient
 from docker_engine import built_image, running_engine
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.docker)
-            item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.xdist_group("docker"))
 
 
 @pytest.fixture(scope="session")

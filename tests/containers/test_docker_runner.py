@@ -19,6 +19,7 @@ from mlflow.entities import Run
 from pipelines.containers import LABEL
 from svip.data.bundle import read_bundle
 
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 TINY = [
     "model.backbone_args.depth=1",
     "model.backbone_args.embed_dim=32",

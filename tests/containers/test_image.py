@@ -15,6 +15,7 @@ from docker_engine import environment
 
 from svip.data.bundle import read_bundle
 
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 TINY = [
     "model.backbone_args.depth=1",
     "model.backbone_args.embed_dim=32",
