@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -40,6 +41,9 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
         raise PipelineError(f"unknown runner {runner!r}; there are: {', '.join(RUNNERS)}")
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
+    job = _job_to_continue(out, {"pipeline": name, "preset": preset, "overrides": overrides, **parameters})
+    if "continues" in pipeline.component_spec.inputs:
+        parameters["continues"] = job
     runs = out / "kfp"
     before = set(runs.glob(f"{name}-*"))
     with _environment(out), (out / "pipeline.log").open("w", buffering=1) as file:
@@ -110,9 +114,23 @@ def _end_children(number: int) -> None:
 
 
 def _how_to_go_on(out: Path) -> str:
-    if any((out / "work").glob("*")):
-        return f"Training goes on where it was when the same command is given again; its state is in {out / 'work'}."
+    if any(path.is_dir() for path in (out / "work").iterdir()):
+        return f"The same command goes on with the training, whose state is in {out / 'work'}."
     return "The same command starts it again."
+
+
+def _job_to_continue(out: Path, asked: Mapping[str, Any]) -> str:
+    """The job of the run before this one, if that did not succeed and was asked for the same; else nothing.
+
+    Whatever ended that run, it left a note of what was asked for, and its log.
+    """
+    note, log = out / "work" / "asked.json", out / "pipeline.log"
+    said = json.dumps(asked)
+    same = note.exists() and note.read_text() == said
+    note.parent.mkdir(exist_ok=True)
+    note.write_text(said)
+    job = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if same and log.exists() else None
+    return job[1] if job else ""
 
 
 def _explain(log: StepLog, out: Path) -> str:
