@@ -6,6 +6,7 @@ OUT ?= runs/demo
 PORT ?= 5000
 IMAGE ?= svip:latest
 TARGET ?= cpu
+WHEELS_PORT ?= 8418
 GIT_SHA ?= $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
 
 BIN := $(VENV)/bin
@@ -42,9 +43,11 @@ ui: $(READY)  ## show the tracked runs at http://127.0.0.1:5000 (PORT=5000)
 	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --port $(PORT)
 
 image:  ## build the image (IMAGE=svip:latest TARGET=cpu|cuda TORCH_INDEX=address WHEELS=folder; docs/docker.md)
-	$(if $(WHEELS),ln -f "$(WHEELS)"/*.whl infra/docker/wheels/ || cp "$(WHEELS)"/*.whl infra/docker/wheels/)
+	@$(if $(WHEELS),$(PYTHON) -m http.server --bind 127.0.0.1 --directory "$(WHEELS)" $(WHEELS_PORT) >/dev/null 2>&1 & \
+	    trap "kill $$!" EXIT;) \
 	docker build -f infra/docker/Dockerfile --target $(TARGET) -t $(IMAGE) --build-arg GIT_SHA=$(GIT_SHA) \
-	    $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) $(BUILD_ARGS) .
+	    $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) \
+	    $(if $(WHEELS),--network host --build-arg PIP_FIND_LINKS=http://127.0.0.1:$(WHEELS_PORT)/) $(BUILD_ARGS) .
 
 clean:  ## remove the virtual environment and caches; results (runs, mlflow.db, mlruns) stay
 	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

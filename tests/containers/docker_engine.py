@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import configparser
 import contextlib
-import functools
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import docker
@@ -86,21 +84,16 @@ def built_image(host: str, folder: Path) -> Iterator[str]:
     """
     tag = "svip-test:cpu"
     context = folder / "context"
-    arguments: list[str] = []
-    with contextlib.ExitStack() as stack:
-        copy_context(context)
-        if os.getuid() == 0 and shutil.which("debootstrap") and is_like_the_base():
-            make_base(host, folder / "base")
-            wheels = make_wheels(folder / "wheels")
-            # one comes from the folder, all the others over HTTP, which spares the copies of gigabytes
-            (vision,) = wheels.glob("torchvision-*")
-            shutil.move(vision, context / "infra" / "docker" / "wheels")
-            address = stack.enter_context(served(wheels))
-            settings = {"PYTHON_IMAGE": STANDS_IN, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": f"'/wheels {address}'"}
-            arguments = ["--network host", *(f"--build-arg {name}={value}" for name, value in settings.items())]
-        command = ["make", "image", f"IMAGE={tag}", "GIT_SHA=0123abc", f"BUILD_ARGS={' '.join(arguments)}"]
-        done = subprocess.run(command, cwd=context, env=environment(host), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    copy_context(context)
+    settings = [f"IMAGE={tag}", "GIT_SHA=0123abc"]
+    if os.getuid() == 0 and shutil.which("debootstrap") and is_like_the_base():
+        make_base(host, folder / "base")
+        make_wheels(folder / "wheels")
+        arguments = f"--build-arg PYTHON_IMAGE={STANDS_IN} --build-arg PIP_NO_INDEX=1"
+        settings += [f"WHEELS={folder / 'wheels'}", f"WHEELS_PORT={free_port()}", f"BUILD_ARGS={arguments}"]
+    command = ["make", "image", f"PYTHON={sys.executable}", *settings]
+    done = subprocess.run(command, cwd=context, env=environment(host), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
     for name in ("base", "wheels"):
         shutil.rmtree(folder / name, ignore_errors=True)
     try:
@@ -124,7 +117,7 @@ def copy_context(context: Path) -> None:
     """What a checkout holds and the image is made of."""
     context.mkdir()
     for name in ("svip", "components", "pipelines", "infra/docker"):
-        shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__", "*.whl"))
+        shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".dockerignore", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.cfg"):
         shutil.copy(ROOT / name, context)
 
@@ -155,7 +148,7 @@ def apt_sources() -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def make_wheels(folder: Path) -> Path:
+def make_wheels(folder: Path) -> None:
     """Wheels of all that the image needs, by pip as it is set up here."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
@@ -167,21 +160,9 @@ def make_wheels(folder: Path) -> Path:
     command += ["--constraint", "constraints.txt", "--requirement", str(folder / "requirements.txt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address at which the files of a folder can be fetched from this machine."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        server.server_close()
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
