@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from components import IMAGE
 from pipelines import catalog
-from pipelines.cli import compile_command
+from pipelines.cluster_cli import compile_command
 from pipelines.steplog import StepLog
 
 TINY = [
