@@ -115,6 +115,8 @@ def load_cluster(path: Path) -> Cluster:
         _refuse_unknown(loaded, Cluster)
         _refuse_unknown(loaded.get("training"), Training, "training.")
         steps = loaded.get("steps") or {}
+        if not isinstance(steps, Mapping):
+            raise SettingsError(f"steps: expected a mapping, found {type(steps).__name__}")
         _refuse_strangers(steps, ["default", *sorted({*step_names(), *TRAINING_STEPS})], "steps.")
         for name, step in steps.items():
             _refuse_unknown(step, Step, f"steps.{name}.")

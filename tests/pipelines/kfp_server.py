@@ -1,7 +1,7 @@
 """A small Kubeflow Pipelines server on loopback: the part of its API that svip uses, over runs that really execute.
 
-What is posted is run by kfp.local in a process of its own (run_compiled.py). The pods of a run, as far as ``svip pipeline
-logs`` asks Kubernetes for them, are served too.
+What is posted is run by kfp.local in a process of its own (run_compiled.py). The pods of a run are served too, as
+far as ``svip pipeline logs`` asks Kubernetes for them.
 """
 
 from __future__ import annotations
