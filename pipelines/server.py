@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -27,6 +28,7 @@ TIMEOUT = 30.0
 """Seconds that a request may take; kfp's own waits for ever."""
 PAUSE = 5.0
 """Seconds between two looks at a run that is followed."""
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of its own tries; kfp resets its parent
 PATIENCE = 1800.0
 """Seconds without an answer after which following ends."""
 
@@ -129,7 +131,7 @@ class Server:
         pipeline_root: str | None = None,
     ) -> str:
         """Start a run of a compiled pipeline in an experiment, made if there is none of that name; the run's id."""
-        with self._asking(), contextlib.redirect_stdout(io.StringIO()):  # kfp prints links
+        with self._asking(), _silence():
             home = self._client.create_experiment(experiment).experiment_id
             run = self._client.run_pipeline(
                 home,
@@ -160,7 +162,7 @@ class Server:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "pipeline.yaml"
             package.write_text(yaml.safe_dump_all(documents))
-            with self._asking(), contextlib.redirect_stdout(io.StringIO()):
+            with self._asking(), _silence():
                 run = self._client.run_pipeline(
                     old.experiment_id,
                     f"{old.display_name.removesuffix(' again')} again",
@@ -265,6 +267,17 @@ def _asking(host: str, namespace: str, run_id: str = "") -> Iterator[None]:
         raise UnreachableError(f"{host} does not answer ({_reason(error)})") from error
     finally:
         socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without kfp's links and remarks."""
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class _Answer:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kfp import components, local
 
 
 def main(package: Path, parameters: Path, folder: Path, runner: Path | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # what comes from the cache
     document, *_ = yaml.safe_load_all(package.read_text())  # the second one is for clusters
     pipeline = components.load_component_from_text(yaml.safe_dump(document))
     local.init(

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
+from strict_ir import Tree, dangling, executors_of, read_strictly
 
 from components import IMAGE
 from pipelines.catalog import PIPELINES, PipelineError
 from pipelines.compiling import compile_pipeline
 from pipelines.settings import SettingsError, load_cluster, step_names
-from tests.pipelines.compiled import Tree, dangling, executors_of, read_strictly
 
 SHIPPED = Path(__file__).parents[2] / "infra" / "cluster.yaml"
 Compiled = Callable[..., tuple[Tree, Tree]]
