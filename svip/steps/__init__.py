@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svip.steps.data import embed_attributes, prepare_data, push_bundle
     from svip.steps.model import evaluate, figures, import_checkpoint, predict, report, train
-    from svip.steps.runs import close_run, open_run
+    from svip.steps.runs import close_run, data_settings, open_run
     from svip.steps.sweeps import ablate, ablate_table, plan_ablation, sensitivity
 
 MODULES = {
-    "runs": ("open_run", "close_run"),
+    "runs": ("open_run", "data_settings", "close_run"),
     "data": ("prepare_data", "push_bundle", "embed_attributes"),
     "model": ("train", "import_checkpoint", "evaluate", "report", "figures", "predict"),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
@@ -26,6 +26,7 @@ __all__ = [
     "ablate",
     "ablate_table",
     "close_run",
+    "data_settings",
     "embed_attributes",
     "evaluate",
     "figures",
