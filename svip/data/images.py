@@ -118,8 +118,8 @@ class EpochBatches(Sampler[list[Item]]):
     """The batches of one epoch, as lists of (epoch, position).
 
     All processes draw the same permutation of 0..count-1 from (seed, epoch) and cut it into global batches of
-    ``batch_size``; process ``rank`` of ``world`` gets every world-th item of each. The last global batch may be smaller:
-    a process for which it has nothing left gets its first item, and ``sizes`` says that this one does not count.
+    ``batch_size``; process ``rank`` of ``world`` gets every world-th item of each. The last global batch may be
+    smaller: a process for which it has nothing left gets its first item, and ``sizes`` says that this does not count.
     Without ``reshuffle`` every epoch has the order of the first. ``start_batch`` leaves out that many global batches at
     the front, exactly as if they had run.
     """

@@ -24,6 +24,8 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """How long the others wait for a process that is silent, but whose connection stands. A process that ends is noticed at
 once; this has to cover what one does while the others wait, such as the download of a bundle."""
+WORKER = "SVIP_WORKER"
+"""Set in the environment of processes whose results and errors are shown by the one that started them."""
 FAILED = "svip/failed"
 """Key of the store under which the first process that fails puts its rank."""
 
@@ -50,6 +52,11 @@ def world() -> int:
 def is_main() -> bool:
     """Whether this process is the one that logs, writes and tracks."""
     return rank() == 0
+
+
+def speaks() -> bool:
+    """Whether this process is the one to print results, also before it has joined the others and after."""
+    return os.environ.get("RANK", "0") == "0" and WORKER not in os.environ
 
 
 def local_rank() -> int:

@@ -107,6 +107,7 @@ def train(
         "device": str(choose_device(config.train.device)),
         "seconds": sum(entry["seconds"] for entry in history + progress.history),
     }
+
     def finish() -> None:
         if kept < epochs:
             checkpoint.load_weights(out / "final" / "kept.safetensors", model)

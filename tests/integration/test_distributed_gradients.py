@@ -33,7 +33,10 @@ SWITCHES = {
     "all contextualized": ["model.contextualize=all", "loss.consistency=jsd"],
     "free context": ["model.context=random", "model.readout=both"],
     "unweighted": ["loss.lambda1=0", "loss.lambda2=0"],
-    "frozen blocks": ["model.frozen_blocks=1", "model.backbone_args={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}"],
+    "frozen blocks": [
+        "model.frozen_blocks=1",
+        "model.backbone_args={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}",
+    ],
 }
 
 

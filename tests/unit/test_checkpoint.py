@@ -14,8 +14,8 @@ from torch.optim import AdamW
 from svip.config import Config, load_config
 from svip.models.svip import SVIP
 from svip.training import checkpoint
-from svip.training.distributed import rng_state
 from svip.training.checkpoint import CheckpointError, load_model, load_state, save_model, save_state, write_atomically
+from svip.training.distributed import rng_state
 from svip.training.loop import train_step
 from svip.training.optim import build_optimizer
 
