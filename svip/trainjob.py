@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 PASSED_ON = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_CA_BUNDLE"),
     *("MLFLOW_RUN_ID", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "HF_ENDPOINT", "HF_HOME", "NCCL_DEBUG"),
-    *("SVIP_GIT_SHA", "SVIP_IMAGE_DIGEST", "SVIP_CACHE"),
+    *("SVIP_GIT_SHA", "SVIP_IMAGE_DIGEST"),
 )
 """Plain settings that the nodes get as this process has them."""
 SECRETS = {
@@ -179,8 +179,8 @@ def render(
     env += [_secret(secret, key) for secret, keys in SECRETS.items() for key in keys]
     resources = None
     if training.config.train.device != "cpu":
-        kind = os.environ.get("SVIP_GPU_TYPE") or "nvidia.com/gpu"
-        gpus = {kind: models.IoK8sApimachineryPkgApiResourceQuantity(processes)}
+        gpu = os.environ.get("SVIP_GPU_TYPE") or "nvidia.com/gpu"
+        gpus = {gpu: models.IoK8sApimachineryPkgApiResourceQuantity(processes)}
         resources = models.IoK8sApiCoreV1ResourceRequirements(requests=gpus, limits=gpus)
     of = "\n".join([training.place, *training.arguments])
     name = f"svip-train-{hashlib.sha256(of.encode()).hexdigest()[:12]}"
@@ -224,7 +224,9 @@ def _client() -> TrainerClient:
         raise TrainJobError("training on several nodes needs Kubeflow's SDK: pip install 'svip[cluster]'") from None
     logging.getLogger("kubeflow").setLevel(logging.ERROR)  # it warns where it can't read Trainer's version
     try:
-        return TrainerClient(KubernetesBackendConfig(namespace=os.environ.get("SVIP_NAMESPACE") or None))
+        # None: those of the pod, else of the current context
+        namespace, file = os.environ.get("SVIP_NAMESPACE") or None, os.environ.get("KUBECONFIG") or None
+        return TrainerClient(KubernetesBackendConfig(namespace=namespace, config_file=file))
     except Exception as error:  # the client of Kubernetes has no common one
         raise TrainJobError(
             f"no cluster to make a TrainJob in ({error}); run this in a pod, or set KUBECONFIG"
@@ -284,9 +286,14 @@ def _watch(client: TrainerClient, name: str) -> None:
     """Show node 0's log until the job has ended; TrainJobError unless it is complete."""
     shown: dict[str, int] = {}
     last: deque[str] = deque(maxlen=LAST_LINES)
+    looks_at_the_end = 0
     while True:
         status = _status(client, name)
-        _show(client, name, shown, last)
+        whole = _show(client, name, shown, last)
+        if status in (COMPLETE, FAILED) and not whole and looks_at_the_end < PATIENCE:
+            looks_at_the_end += 1
+            time.sleep(PAUSE)
+            continue
         if status == COMPLETE:
             return
         if status is None:
@@ -297,8 +304,11 @@ def _watch(client: TrainerClient, name: str) -> None:
         time.sleep(PAUSE)
 
 
-def _show(client: TrainerClient, name: str, shown: dict[str, int], last: deque[str]) -> None:
-    """Show what node 0 says until it ends or the connection does; ``shown`` counts the lines of each of its pods."""
+def _show(client: TrainerClient, name: str, shown: dict[str, int], last: deque[str]) -> bool:
+    """Show what node 0 says until it ends; False where the connection did before.
+
+    ``shown`` counts the lines of each of its pods.
+    """
     try:
         pods = [step.pod_name for step in client.get_job(name).steps if step.name == "node-0"]
         for number, line in enumerate(client.get_job_logs(name, follow=True)):
@@ -308,6 +318,8 @@ def _show(client: TrainerClient, name: str, shown: dict[str, int], last: deque[s
                 shown[pods[0]] = number + 1
     except (RuntimeError, TimeoutError) as error:  # there is nothing to be read yet, or the connection was cut
         log.debug("%s: %s", error, _reason(error))
+        return False
+    return True
 
 
 def _finished(place: str) -> bool:
