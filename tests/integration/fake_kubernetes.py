@@ -1,4 +1,4 @@
-"""A small Kubernetes API server on loopback with Kubeflow Trainer behind it, for what the SDK's own client asks of it."""
+"""A small Kubernetes API server on loopback, with Kubeflow Trainer behind it, for what the SDK asks of it."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_an_error_is_shown_once(way: str, inputs: list[str], tmp_path: Path, sto
 
 def test_a_killed_process_costs_only_the_steps_since_the_last_checkpoint(inputs: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start([*inputs, f"--out={out}", "--processes=2"], "optim.epochs=40")
+    process = start([*inputs, f"--out={out}", "--processes=2"], "optim.epochs=12")
     state = out / "final" / "state.pt"
     wait(process, lambda: state.exists() and len(workers(process)) == 2)
     os.kill(workers(process)[1], signal.SIGKILL)
@@ -128,7 +128,7 @@ def test_a_killed_process_costs_only_the_steps_since_the_last_checkpoint(inputs:
     assert process.returncode == 0, log
     assert log.count("process 2 of 2 was killed (has the memory run out?); going on from the last checkpoint") == 1
     assert "resumed after epoch" in log
-    assert epochs(out) == list(range(1, 41))
+    assert epochs(out) == list(range(1, 13))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -136,7 +136,7 @@ def test_a_stopped_training_stops_its_processes_keeps_its_state_and_goes_on(
     number: signal.Signals, inputs: list[str], tmp_path: Path, store: str
 ) -> None:
     out = tmp_path / "run"
-    process = start([*inputs, f"--out={out}", "--processes=2"], "optim.epochs=40")
+    process = start([*inputs, f"--out={out}", "--processes=2"], "optim.epochs=12")
     wait(process, lambda: (out / "final" / "state.pt").exists())
     children = workers(process)
     process.send_signal(number)
@@ -145,8 +145,10 @@ def test_a_stopped_training_stops_its_processes_keeps_its_state_and_goes_on(
     assert len(children) == 2 and not any(Path(f"/proc/{child}").exists() for child in children)
     client, run_id = MlflowClient(store), (out / "run_id").read_text()
     assert client.get_run(run_id).info.status == "KILLED"
-    process = start([*inputs, f"--out={out}"], "optim.epochs=40")  # and by another number of processes
+    if number == signal.SIGINT:
+        return  # what goes on is the same
+    process = start([*inputs, f"--out={out}"], "optim.epochs=12")  # and by another number of processes
     _, log = process.communicate(timeout=120)
     assert process.returncode == 0 and "resumed after epoch" in log, log
-    assert epochs(out) == list(range(1, 41))
+    assert epochs(out) == list(range(1, 13))
     assert client.get_run(run_id).info.status == "FINISHED"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_kubernetes import NAMESPACE, Cluster, kubernetes
+from fake_kubernetes import NAMESPACE, kubernetes
 from small_training import ATTRIBUTES, IMAGE_ROLES, write_bundle
 
 from benchmarks.s3server import KEYS
