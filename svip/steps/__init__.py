@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from svip.steps.data import embed_attributes, prepare_data, push_bundle
-    from svip.steps.model import evaluate, figures, import_checkpoint, predict, report, train
+    from svip.steps.model import evaluate, figures, import_checkpoint, predict, report
     from svip.steps.runs import close_run, data_settings, open_run
     from svip.steps.sweeps import ablate, ablate_table, plan_ablation, sensitivity
+    from svip.steps.training import train
 
 MODULES = {
     "runs": ("open_run", "data_settings", "close_run"),
     "data": ("prepare_data", "push_bundle", "embed_attributes"),
-    "model": ("train", "import_checkpoint", "evaluate", "report", "figures", "predict"),
+    "training": ("train",),
+    "model": ("import_checkpoint", "evaluate", "report", "figures", "predict"),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
 }
 """Module -> its steps."""
