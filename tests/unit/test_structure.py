@@ -103,8 +103,8 @@ def test_files_stay_short_enough_to_be_read() -> None:
     lines = {path: _lines(path) for package in OURS for path in (ROOT / package).rglob("*.py")}
     assert not {path.name: count for path, count in lines.items() if count > 400}
     svip = sum(count for path, count in lines.items() if path.is_relative_to(ROOT / "svip"))
-    assert svip <= 10200
-    assert sum(lines.values()) - svip <= 1700
+    assert svip <= 14500
+    assert sum(lines.values()) - svip <= 2600
 
 
 def _lines(path: Path) -> int:
