@@ -196,7 +196,12 @@ def passed_environment(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name.startswith(PASSED) or name.lower() in PASSED_IN_ANY_CASE
     }
-    own = {"HOME": str(Path.home()), "TMPDIR": "/tmp", "MPLCONFIGDIR": f"{caches()[0]}/matplotlib"}
+    own = {
+        "HOME": str(Path.home()),
+        "TMPDIR": "/tmp",
+        "MPLCONFIGDIR": f"{caches()[0]}/matplotlib",
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
+    }
     return {**passed, **own}
 
 
