@@ -98,7 +98,9 @@ def test_the_whole_experiment_leaves_the_outputs_of_every_step(
     assert not left_containers(docker_client)
 
 
-def test_a_failing_step_is_named_with_its_log(docker_client: DockerClient, settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_failing_step_is_named_with_its_log(
+    docker_client: DockerClient, settings: dict[str, str], tmp_path: Path
+) -> None:
     done = svip(["--out", "out", "semantics.vectors=missing.txt", *TINY], tmp_path, settings)
     assert done.returncode == 1
     said = done.stdout + done.stderr
@@ -117,7 +119,8 @@ def test_a_stopped_pipeline_stops_its_container_and_marks_its_run_killed(
             command(["--out", "out", *TINY]), cwd=tmp_path, env=settings, stdout=said, stderr=said
         )
         try:
-            wait_for(lambda: "== prepare-data" in (tmp_path / "said").read_text() and bool(left_containers(docker_client)))
+            wait_for(lambda: "== prepare-data" in (tmp_path / "said").read_text())
+            wait_for(lambda: bool(left_containers(docker_client)))
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) != 0
         finally:
