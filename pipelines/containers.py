@@ -98,9 +98,10 @@ class Containers:
     def stop(self) -> None:
         """Stop and remove all containers of the run; none is started any more."""
         self._stopped = True
-        for container in self._client.containers.list(filters={"label": f"{LABEL}={self.id}"}):
+        for container in self._client.containers.list(all=True, filters={"label": f"{LABEL}={self.id}"}):
             with contextlib.suppress(DockerException):  # it ended meanwhile
                 container.stop(timeout=GRACE)
+                container.remove(force=True)
 
     def _run(
         self, client: DockerClient, image: str, command: Sequence[str], volumes: Mapping[str, Any], **options: Any

@@ -55,12 +55,12 @@ def tracked(folder: Path) -> tuple[Run, list[Run]]:
     return parent, [run for run in runs if run is not parent]
 
 
-def left_containers(client: DockerClient) -> list[str]:
-    return [container.name for container in client.containers.list(all=True, filters={"label": LABEL})]
+def left_containers(docker_client: DockerClient) -> list[str]:
+    return [container.name for container in docker_client.containers.list(all=True, filters={"label": LABEL})]
 
 
 def test_the_whole_experiment_leaves_the_outputs_of_every_step(
-    client: DockerClient, settings: dict[str, str], tmp_path: Path
+    docker_client: DockerClient, settings: dict[str, str], tmp_path: Path
 ) -> None:
     outside = tmp_path / "elsewhere"
     outside.mkdir()
@@ -95,10 +95,12 @@ def test_the_whole_experiment_leaves_the_outputs_of_every_step(
     assert {run.data.tags["git_sha"] for run in children} == {"0123abc"}, "the code of the image"
     assert {path.stat().st_uid for path in folder.rglob("*")} == {os.getuid()}
     assert not (out / "work").exists()
-    assert not left_containers(client)
+    assert not left_containers(docker_client)
 
 
-def test_a_failing_step_is_named_with_its_log(client: DockerClient, settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_failing_step_is_named_with_its_log(
+    docker_client: DockerClient, settings: dict[str, str], tmp_path: Path
+) -> None:
     done = svip(["--out", "out", "semantics.vectors=missing.txt", *TINY], tmp_path, settings)
     assert done.returncode == 1
     said = done.stdout + done.stderr
@@ -106,23 +108,24 @@ def test_a_failing_step_is_named_with_its_log(client: DockerClient, settings: di
     assert "missing.txt" in said.split("step 'embed-attributes' failed")[1]
     assert "== train" not in done.stdout
     assert tracked(tmp_path)[0].info.status == "FAILED"
-    assert not left_containers(client)
+    assert not left_containers(docker_client)
 
 
 def test_a_stopped_pipeline_stops_its_container_and_marks_its_run_killed(
-    client: DockerClient, settings: dict[str, str], tmp_path: Path
+    docker_client: DockerClient, settings: dict[str, str], tmp_path: Path
 ) -> None:
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
             command(["--out", "out", *TINY]), cwd=tmp_path, env=settings, stdout=said, stderr=said
         )
         try:
-            wait_for(lambda: "== prepare-data" in (tmp_path / "said").read_text() and bool(left_containers(client)))
+            wait_for(lambda: "== prepare-data" in (tmp_path / "said").read_text())
+            wait_for(lambda: bool(left_containers(docker_client)))
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) != 0
         finally:
             process.kill()
-    assert not left_containers(client)
+    assert not left_containers(docker_client)
     assert tracked(tmp_path)[0].info.status == "KILLED"
     assert "stopped. The same command starts it again." in (tmp_path / "said").read_text()
 

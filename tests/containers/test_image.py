@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from docker import DockerClient
-from docker_engine import environment
 
+from benchmarks.docker_engine import environment
 from svip.data.bundle import read_bundle
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
@@ -35,8 +35,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def about(client: DockerClient, image: str) -> dict[str, Any]:
-    return dict(client.images.get(image).attrs)
+def about(docker_client: DockerClient, image: str) -> dict[str, Any]:
+    return dict(docker_client.images.get(image).attrs)
 
 
 def run(engine: str, image: str, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ import docker
 import pytest
 from docker.errors import DockerException
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SOCKET = "unix:///var/run/docker.sock"
 STANDS_IN = "svip-test-python:3.11"
 """A base image made of Debian's own packages, for machines that reach no image registry."""
@@ -72,6 +72,9 @@ def own_engine(folder: Path) -> Iterator[str]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
         process.kill()
+        for mount in reversed([line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]):
+            if Path(mount).is_relative_to(folder):  # dockerd leaves the one of its network namespace
+                subprocess.run(["umount", "--lazy", mount], check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 
