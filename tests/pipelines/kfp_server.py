@@ -116,7 +116,7 @@ class StubRun:
 class StubServer:
     """Listens on a port of its own.
 
-    ``token``: what has to be sent. ``namespace``: serve users with profiles, of whom this is one. ``runner``: subprocess,
+    ``token``: what has to be sent. ``namespace``: serve users with profiles, this being one. ``runner``: subprocess,
     or docker for a container a step.
     """
 
