@@ -15,7 +15,7 @@ from rich.table import Table
 from pipelines.catalog import PIPELINES
 from pipelines.settings import Cluster, load_cluster
 from svip.cli.shared import Overrides, Preset, console, example
-from svip.config import load_config
+from svip.config import ConfigError, load_config
 
 if TYPE_CHECKING:
     from pipelines.server import Run, Server
@@ -84,6 +84,8 @@ def submit_command(
 
     changes = overrides or []
     config = load_config(preset, changes)
+    if preset.endswith((".yaml", ".yml")):
+        raise ConfigError(f"preset {preset}: a cluster's steps don't see this file; give a shipped one and overrides")
     settings = load_cluster(cluster) if cluster else Cluster(service_account=None)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{name}.yaml"

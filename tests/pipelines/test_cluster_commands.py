@@ -198,7 +198,12 @@ def test_a_run_that_fails_ends_with_code_1_the_step_and_what_to_do(cluster: Clus
 
 
 def test_a_wrong_configuration_or_option_is_refused_before_anything_is_sent(cluster: Cluster) -> None:
+    (cluster.folder / "own.yaml").write_text("data: {}\n")
     for arguments, message in (
+        (
+            ["experiment", "-p", "own.yaml"],
+            "preset own.yaml: a cluster's steps don't see this file; give a shipped one",
+        ),
         (["experiment", "optim.epoch=1"], "did you mean 'optim.epochs'?"),
         (["experiment", "--seeds", "2"], "pipeline experiment has no seeds; leave out --seeds"),
         (["experimint"], "unknown pipeline 'experimint'; there are: experiment, ablation"),
