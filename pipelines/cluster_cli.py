@@ -15,7 +15,7 @@ from rich.table import Table
 from pipelines.catalog import PIPELINES
 from pipelines.settings import Cluster, load_cluster
 from svip.cli.shared import Overrides, Preset, console, example
-from svip.config import load_config
+from svip.config import ConfigError, load_config
 
 if TYPE_CHECKING:
     from pipelines.server import Run, Server
@@ -42,6 +42,9 @@ TokenFile = Annotated[
 Wait = Annotated[bool, typer.Option("--wait", help="Follow the run; the exit code is 0 only if it succeeds.")]
 Variants = Annotated[str, typer.Option(help="Of ablation: all, or names with commas.")]
 PipelineSeeds = Annotated[int, typer.Option("--seeds", help="Of ablation: seeds of each variant.")]
+Space = Annotated[str, typer.Option(help="Of tuning: the search space.")]
+Trials = Annotated[int, typer.Option(help="Of tuning: trials in all.")]
+Workers = Annotated[int, typer.Option(help="Of tuning: how many try at the same time.")]
 
 app = typer.Typer()
 
@@ -67,6 +70,9 @@ def submit_command(
     cluster: ClusterFile = None,
     variants: Variants = "",
     seeds: PipelineSeeds = 0,
+    space: Space = "",
+    trials: Trials = 0,
+    workers: Workers = 0,
     wait: Wait = False,
     host: Host = "",
     namespace: Namespace = "",
@@ -78,11 +84,20 @@ def submit_command(
 
     changes = overrides or []
     config = load_config(preset, changes)
+    if preset.endswith((".yaml", ".yml")):
+        raise ConfigError(f"preset {preset}: a cluster's steps don't see this file; give a shipped one and overrides")
     settings = load_cluster(cluster) if cluster else Cluster(service_account=None)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{name}.yaml"
-        own = {"variants": variants.split(",")} if variants else {}
-        parameters = {"preset": preset, "overrides": changes, **own, **({"seeds": seeds} if seeds else {})}
+        own = {
+            "variants": variants.split(",") if variants else [],
+            "seeds": seeds,
+            "space": space,
+            "trials": trials,
+            "workers": workers,
+        }
+        given = {key: value for key, value in own.items() if value}
+        parameters = {"preset": preset, "overrides": changes, **given}
         compile_pipeline(name, package, settings if cluster else None, parameters)
         server = _server(host or settings.host or "", namespace or settings.namespace, token, token_file)
         run_id = server.submit(

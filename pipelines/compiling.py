@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl, kubernetes
+from kfp import dsl
 from kfp.compiler import Compiler
 from kfp.dsl.pipeline_context import Pipeline
 
@@ -54,6 +54,10 @@ def with_settings(pipeline: Any, cluster: Cluster) -> Any:
 
 def configure(task: dsl.PipelineTask, name: str, cluster: Cluster) -> None:
     """Put the settings of component ``name`` on a task."""
+    try:
+        from kfp import kubernetes
+    except ImportError:
+        raise PipelineError("what a cluster has is compiled by kfp-kubernetes: pip install 'svip[cluster]'") from None
     step = cluster.step(name)
     if cluster.image:
         task.set_container_image(cluster.image)

@@ -45,6 +45,7 @@ class UnreachableError(ServerError):
 class Task:
     """One execution of a step; in a loop a step has several."""
 
+    id: str
     name: str
     state: str
     started: datetime | None
@@ -187,7 +188,7 @@ class Server:
 
         A server that does not answer is asked again, at longer and longer intervals; UnreachableError after PATIENCE.
         """
-        states: dict[tuple[str, datetime | None], str] = {}
+        states: dict[str, str] = {}
         silent_since, tries = 0.0, 0
         while True:
             try:
@@ -205,9 +206,8 @@ class Server:
                 say("the server answers again")
                 tries = 0
             for task in run.tasks:
-                key = task.name, task.started
-                if states.get(key) != task.state:
-                    states[key] = task.state
+                if states.get(task.id) != task.state:
+                    states[task.id] = task.state
                     took = f" after {shown(task.seconds)}" if task.state in FINAL and task.seconds is not None else ""
                     say(f"{task.name}: {task.state.lower()}{took}{f': {task.error}' if task.error else ''}")
             if run.state in FINAL:
@@ -324,6 +324,7 @@ def _read_run(run: Any) -> Run:
     details = (run.run_details.task_details or []) if run.run_details else []
     tasks = [
         Task(
+            task.task_id or task.display_name,
             task.display_name,
             task.state or "PENDING",
             task.start_time,

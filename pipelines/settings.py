@@ -90,10 +90,12 @@ class Cluster:
         plain = {key: value for key, value in self.step(name).env.items() if value is not None}
         if name not in TRAINING_STEPS:
             return plain
-        processes = self.training.processes or self.step(name).gpus or 1
+        step = self.step(name)
         ours = {
             "SVIP_NODES": str(self.training.nodes),
-            "SVIP_PROCESSES": str(processes),
+            "SVIP_PROCESSES": str(self.training.processes or step.gpus or 1),
+            "SVIP_GPU_TYPE": step.gpu_type,
+            "SVIP_IMAGE": self.image or components.IMAGE,
             "SVIP_TRAINING_RUNTIME": self.training.runtime,
             "SVIP_NAMESPACE": self.namespace,
             **({"SVIP_WORK": self.training.work} if self.training.work else {}),

@@ -114,11 +114,13 @@ class StubRun:
 
 
 class StubServer:
-    """Listens on a port of its own. ``token``: what has to be sent; ``namespace``: serve users with profiles."""
+    """Listens on a port of its own.
 
-    def __init__(
-        self, folder: Path, token: str = "", namespace: str = "", runner: dict[str, Any] | None = None
-    ) -> None:
+    ``token``: what has to be sent. ``namespace``: serve users with profiles, this being one. ``runner``: subprocess,
+    or docker for a container a step.
+    """
+
+    def __init__(self, folder: Path, token: str = "", namespace: str = "", runner: str = "subprocess") -> None:
         self.folder, self.token, self.namespace, self.runner = folder, token, namespace, runner
         self.environment: dict[str, str] = {}
         self.runs: dict[str, StubRun] = {}
@@ -163,13 +165,11 @@ class StubServer:
         (folder / "pipeline.yaml").write_text(yaml.safe_dump(document))
         (folder / "parameters.json").write_text(json.dumps(_whole(body["runtime_config"].get("parameters", {}))))
         command = [sys.executable, str(Path(__file__).with_name("run_compiled.py"))]
-        command += [str(folder / "pipeline.yaml"), str(folder / "parameters.json"), str(folder)]
-        if self.runner:
-            (folder / "runner.json").write_text(json.dumps(self.runner))
-            command.append(str(folder / "runner.json"))
+        command += [str(folder / "pipeline.yaml"), str(folder / "parameters.json"), str(folder), self.runner]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 command,
+                cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},

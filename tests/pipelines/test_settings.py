@@ -106,6 +106,8 @@ def test_the_shipped_file_is_what_the_manifests_have(compiled: Compiled) -> None
     }
     assert {entry["name"]: entry["value"] for entry in train["env"]} == {
         "AWS_ENDPOINT_URL": "http://svip-s3:8333",
+        "SVIP_GPU_TYPE": "nvidia.com/gpu",
+        "SVIP_IMAGE": IMAGE,
         "SVIP_NAMESPACE": "svip",
         "SVIP_NODES": "1",
         "SVIP_PROCESSES": "1",

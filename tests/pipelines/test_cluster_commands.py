@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,21 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
-from kfp_server import StubRun, StubServer
-from mlflow import MlflowClient
+from cluster_user import TINY, Cluster, Done, ended, until
+from kfp_server import StubRun
 
 from pipelines.cluster_cli import run_name
 from pipelines.server import Server, shown
 
 TOKEN = "a-token-that-nobody-may-see"
-TINY = [
-    "model.backbone_args.depth=1",
-    "model.backbone_args.embed_dim=32",
-    "model.backbone_args.num_heads=2",
-    "model.hidden=8",
-    "optim.epochs=1",
-    "evaluation.eszsl=false",
-]
 CLUSTER = """
 image: registry.example/svip:7
 service_account: svip-pipeline
@@ -40,67 +29,11 @@ steps: {default: {secrets: {svip-mlflow: [MLFLOW_TRACKING_URI]}}}
 """
 
 
-@dataclass
-class Done:
-    """A command that ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Cluster:
-    """A server, and svip's commands as a person gives them to it."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.folder = folder
-        self.store = f"sqlite:///{folder}/mlflow.db"
-        self.server = StubServer(folder / "kubeflow", **options)
-        self.server.environment = {"MLFLOW_TRACKING_URI": self.store, "OMP_NUM_THREADS": "1"}
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        ours = {"KF_PIPELINES_ENDPOINT": self.server.host, "SVIP_POLL_SECONDS": "0.2", "COLUMNS": "120"}
-        return subprocess.Popen(
-            [sys.executable, "-m", "svip.cli", "pipeline", *arguments],
-            env={**os.environ, **ours, **environment},
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def svip(self, *arguments: str, **environment: str) -> Done:
-        return ended(self.start(*arguments, **environment))
-
-    @property
-    def last(self) -> StubRun:
-        return list(self.server.runs.values())[-1]
-
-    def mlflow(self) -> list[Any]:
-        client = MlflowClient(self.store)
-        return list(client.search_runs([one.experiment_id for one in client.search_experiments()]))
-
-
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(tmp_path)
     yield made
     made.server.end()
-
-
-def ended(process: subprocess.Popen[str]) -> Done:
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return Done(process.returncode, out, err)
-
-
-def until(happens: Callable[[], bool], seconds: float = 300) -> None:
-    ends = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.1)
 
 
 @dataclass
@@ -265,7 +198,12 @@ def test_a_run_that_fails_ends_with_code_1_the_step_and_what_to_do(cluster: Clus
 
 
 def test_a_wrong_configuration_or_option_is_refused_before_anything_is_sent(cluster: Cluster) -> None:
+    (cluster.folder / "own.yaml").write_text("data: {}\n")
     for arguments, message in (
+        (
+            ["experiment", "-p", "own.yaml"],
+            "preset own.yaml: a cluster's steps don't see this file; give a shipped one",
+        ),
         (["experiment", "optim.epoch=1"], "did you mean 'optim.epochs'?"),
         (["experiment", "--seeds", "2"], "pipeline experiment has no seeds; leave out --seeds"),
         (["experimint"], "unknown pipeline 'experimint'; there are: experiment, ablation"),
