@@ -45,7 +45,7 @@ COMPLETE, FAILED = "Complete", "Failed"
 PAUSE = 5.0
 """Seconds between two looks at a job."""
 LAST_LINES = 20
-"""Lines of the log that an error shows."""
+"""Lines of the log that an error shows: those up to svip's own error, after which torchrun says much more."""
 PATIENCE = 12
 """Looks that may fail in a row, before a cluster that does not answer is an error."""
 
@@ -285,7 +285,7 @@ def _status(client: TrainerClient, name: str) -> str | None:
 def _watch(client: TrainerClient, name: str) -> None:
     """Show node 0's log until the job has ended; TrainJobError unless it is complete."""
     shown: dict[str, int] = {}
-    last: deque[str] = deque(maxlen=LAST_LINES)
+    last: deque[str] = deque(maxlen=500)
     looks_at_the_end = 0
     while True:
         status = _status(client, name)
@@ -299,9 +299,14 @@ def _watch(client: TrainerClient, name: str) -> None:
         if status is None:
             raise TrainJobError(f"TrainJob {name} was deleted; the same command makes it anew, and goes on")
         if status == FAILED:
-            end = "\n".join(last) or "(node 0 has left no log; see `kubectl describe trainjob`)"
-            raise TrainJobError(f"TrainJob {name} has failed. The end of the log of node 0:\n{end}")
+            raise TrainJobError(f"TrainJob {name} has failed. The end of the log of node 0:\n{_end_of(list(last))}")
         time.sleep(PAUSE)
+
+
+def _end_of(lines: list[str]) -> str:
+    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    end = lines[: errors[-1] + 1] if errors else lines
+    return "\n".join(end[-LAST_LINES:]) or "(it has left none; see `kubectl describe trainjob`)"
 
 
 def _show(client: TrainerClient, name: str, shown: dict[str, int], last: deque[str]) -> bool:
