@@ -64,6 +64,13 @@ class Place:
             log.warning("%s; training goes on, and the next checkpoint is tried again", error)
         self._known = known
 
+    def finished(self) -> bool:
+        """Whether a finished training is there."""
+        try:
+            return bool(self.read("model.json"))
+        except (FileNotFoundError, s3.Missing):
+            return False
+
     def read(self, name: str) -> str:
         """A small file of the training."""
         if self.remote:
