@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from svip import tracking
 from svip.config import Config, ConfigError, presets
 from svip.data.bundle_cache import open_bundle, push_bundle
-from svip.data.s3 import Missing, upload
+from svip.data.s3 import upload
 from svip.data.sources import is_remote
 from svip.semantics.vectors import FILES, open_embedding
 from svip.training.work import Place
@@ -45,7 +45,7 @@ COMPLETE, FAILED = "Complete", "Failed"
 PAUSE = 5.0
 """Seconds between two looks at a job."""
 LAST_LINES = 20
-"""Lines of the log that an error shows."""
+"""Lines of the log that an error shows: those up to svip's own error, after which torchrun says much more."""
 PATIENCE = 12
 """Looks that may fail in a row, before a cluster that does not answer is an error."""
 
@@ -77,7 +77,7 @@ def run(training: Training, nodes: int, processes: int) -> None:
     name = job.metadata.name
     status = _status(client, name)
     # a complete one may be left of a training whose result was taken and removed
-    if status == FAILED or (status == COMPLETE and not _finished(training.place)):
+    if status == FAILED or (status == COMPLETE and not Place(training.place).finished()):
         log.warning("TrainJob %s of an earlier try (%s) is made anew, and goes on where it was", name, status)
         _remove(client, name)
         status = None
@@ -173,6 +173,7 @@ def render(
     files = [f"--bundle={training.bundle}", f"--vectors={training.vectors}", f"--out={training.place}"]
     plain = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
     plain |= {"SVIP_GIT_SHA": tracking.git_sha(), "PYTHONUNBUFFERED": "1"}
+    plain["SVIP_WORK"] = ""  # whatever the runtime sets: training is kept where --out says
     if plain["SVIP_GIT_SHA"] == "unknown":
         del plain["SVIP_GIT_SHA"]
     env = [models.IoK8sApiCoreV1EnvVar(name=name, value=value) for name, value in sorted(plain.items())]
@@ -285,7 +286,7 @@ def _status(client: TrainerClient, name: str) -> str | None:
 def _watch(client: TrainerClient, name: str) -> None:
     """Show node 0's log until the job has ended; TrainJobError unless it is complete."""
     shown: dict[str, int] = {}
-    last: deque[str] = deque(maxlen=LAST_LINES)
+    last: deque[str] = deque(maxlen=500)
     looks_at_the_end = 0
     while True:
         status = _status(client, name)
@@ -299,9 +300,14 @@ def _watch(client: TrainerClient, name: str) -> None:
         if status is None:
             raise TrainJobError(f"TrainJob {name} was deleted; the same command makes it anew, and goes on")
         if status == FAILED:
-            end = "\n".join(last) or "(node 0 has left no log; see `kubectl describe trainjob`)"
-            raise TrainJobError(f"TrainJob {name} has failed. The end of the log of node 0:\n{end}")
+            raise TrainJobError(f"TrainJob {name} has failed. The end of the log of node 0:\n{_end_of(list(last))}")
         time.sleep(PAUSE)
+
+
+def _end_of(lines: list[str]) -> str:
+    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    end = lines[: errors[-1] + 1] if errors else lines
+    return "\n".join(end[-LAST_LINES:]) or "(it has left none; see `kubectl describe trainjob`)"
 
 
 def _show(client: TrainerClient, name: str, shown: dict[str, int], last: deque[str]) -> bool:
@@ -320,13 +326,6 @@ def _show(client: TrainerClient, name: str, shown: dict[str, int], last: deque[s
         log.debug("%s: %s", error, _reason(error))
         return False
     return True
-
-
-def _finished(place: str) -> bool:
-    try:
-        return bool(Place(place).read("model.json"))
-    except (FileNotFoundError, Missing):
-        return False
 
 
 def _reason(error: BaseException) -> str:

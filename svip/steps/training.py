@@ -59,7 +59,7 @@ def train(
         place = Place(distributed.on_main(lambda: _address(config, out, parent_run_id, run, resume)))
         if place.address != out:
             log.info("training is kept at %s until it has finished", place.address)
-        if nodes > 1 or processes > 1:
+        if (nodes > 1 or processes > 1) and not place.finished():
             options = {"--preset": preset, "--parent-run-id": parent_run_id, "--run": run}
             rest = [f"{name}={value}" for name, value in options.items() if value]
             rest += [*([] if log_model else ["--no-log-model"]), "--", *overrides]

@@ -185,7 +185,7 @@ def parallel(model: nn.Module) -> nn.Module:
     if world() == 1:
         return model
     # all buffers are constant, and every process has made the same ones
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def rng_state() -> dict[str, torch.Tensor]:

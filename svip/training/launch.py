@@ -63,6 +63,7 @@ def _run(arguments: Sequence[str], processes: int) -> tuple[int, ProcessFailure]
     """The rank and failure of the process that the others failed with; None when all did what they should."""
     threads = max((os.cpu_count() or 1) // processes, 1)
     environment = {WORKER: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    environment["SVIP_WORK"] = ""  # where training is kept is what --out says by now
     with tempfile.TemporaryDirectory(prefix="svip-") as folder, _environment(environment), _signals_kept():
         config = LaunchConfig(
             min_nodes=1,

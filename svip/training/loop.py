@@ -249,7 +249,7 @@ def _train_epoch(
         )
         broken = next((name for name, value in parts.items() if not np.isfinite(value)), None)
         if broken:
-            of_batch = sum(distributed.all_gather(rows.tolist()[:own]), [])
+            of_batch = [row for part in distributed.all_gather(rows.tolist()[:own]) for row in part]
             names = ", ".join(bundle.split["path"].iloc[of_batch])
             raise NonFiniteLoss(
                 f"the {broken} is {parts[broken]} in phase {phase.name}, epoch {progress.epoch + 1}, step "

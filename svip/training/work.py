@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 from svip.config import Config, to_yaml, variant
@@ -63,6 +64,13 @@ class Place:
             log.warning("%s; training goes on, and the next checkpoint is tried again", error)
         self._known = known
 
+    def finished(self) -> bool:
+        """Whether a finished training is there."""
+        try:
+            return bool(self.read("model.json"))
+        except (FileNotFoundError, s3.Missing):
+            return False
+
     def read(self, name: str) -> str:
         """A small file of the training."""
         if self.remote:
@@ -76,8 +84,7 @@ class Place:
         files = sorted(self._files(), key=lambda name: name == "model.json")  # which says that all is there
         for name in files:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            source = self.folder / name
-            write_atomically(out / name, lambda temporary, source=source: shutil.copyfile(source, temporary))
+            write_atomically(out / name, partial(shutil.copyfile, self.folder / name))
         if self.remote:
             for name in reversed(files):
                 s3.remove(f"{self.address}/{name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ def test_as_many_processes_as_before_go_on_bit_for_bit_even_with_dropout(
     shutil.copytree(tmp_path / "run", tmp_path / "expected")
     shutil.rmtree(tmp_path / "run")
     for number, checkpoints in enumerate((1, 2, 2)):
-        stop = stop_after(checkpoints)
-        together(world, tmp_path / str(number), lambda stop=stop: train(config, bundle, tmp_path / "run", stop))
+        stopped = partial(train, config, bundle, tmp_path / "run", stop_after(checkpoints))
+        together(world, tmp_path / str(number), stopped)
     together(world, tmp_path / "rest", lambda: train(config, bundle, tmp_path / "run"))
     weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "expected"))
     for name, tensor in expected.items():

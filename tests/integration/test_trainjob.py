@@ -20,6 +20,7 @@ from svip.data import s3
 from svip.data.bundle import Bundle
 from svip.data.bundle_cache import open_bundle
 from svip.semantics.vectors import Embedding, open_embedding, write_embedding
+from svip.training.work import Place
 
 pytest.importorskip("kubeflow", reason="needs the extra `cluster`")
 PLACE = "s3://team/work/svip-1234"
@@ -38,7 +39,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def finished(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the place holds a finished training, for tests without a bucket."""
     answer = [True]
-    monkeypatch.setattr(trainjob, "_finished", lambda place: answer[0])
+    monkeypatch.setattr(Place, "finished", lambda place: answer[0])
     return answer
 
 
@@ -69,6 +70,7 @@ def test_two_nodes_of_four_gpus_are_a_valid_job_that_holds_no_secret(monkeypatch
     ]
     env = {entry["name"]: entry for entry in trainer["env"]}
     assert env["AWS_ENDPOINT_URL"] == {"name": "AWS_ENDPOINT_URL", "value": "http://store:8333"}
+    assert env["SVIP_WORK"] == {"name": "SVIP_WORK", "value": ""}
     for secret, keys in trainjob.SECRETS.items():
         for key in keys:
             reference = {"name": secret, "key": key, "optional": True}
