@@ -40,7 +40,7 @@ def test_compose_takes_the_file_and_the_settings_whatever_the_shell_has(infra: P
     if not has_plugin and not shutil.which("docker-compose"):
         pytest.skip("needs Compose: apt-get install docker-compose")
     shell = {**os.environ, "AWS_SECRET_ACCESS_KEY": "of-the-cloud", "MLFLOW_DB_PASSWORD": "another"}
-    command = [infra / "server.sh", "compose", "config"]
+    command = [str(infra / "server.sh"), "compose", "config"]
     done = subprocess.run(command, capture_output=True, text=True, env=shell)
     assert done.returncode == 0, done.stderr
     read = yaml.safe_load(done.stdout)["services"]
