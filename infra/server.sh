@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tracking server of infra/compose.yaml. `server.sh up` starts it and waits until it answers; `server.sh down` stops
-# it and keeps what it holds; `server.sh down --volumes` removes that too. infra/.env has its settings and passwords.
+# it and keeps what it holds; `server.sh down --volumes` removes that too; `server.sh compose ...` is any other command
+# of Compose. infra/.env has the server's settings and passwords.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -9,16 +10,22 @@ fail() {
     exit 1
 }
 
-compose() {
+# Compose prefers the shell's variables to .env's, and a shell may well have AWS keys, or a login to MLflow, of its own.
+compose() (
+    while IFS= read -r name; do
+        unset "$name"
+    done < <(sed -n 's/^\([A-Z0-9_]*\)=.*/\1/p' .env)
     if docker compose version >/dev/null 2>&1; then
         docker compose --file compose.yaml --env-file .env "$@"
     else
         docker-compose --file compose.yaml --env-file .env "$@"
     fi
-}
+)
 
-setting() { # the value of a name in .env
-    sed -n "s/^$1=//p" .env | tail -n 1
+setting() { # NAME DEFAULT: the value in .env
+    local value
+    value=$(sed -n "s/^$1=//p" .env | tail -n 1)
+    echo "${value:-$2}"
 }
 
 need_docker() {
@@ -54,7 +61,7 @@ state_of() { # of a service's container: starting, healthy, unhealthy, exited ..
 up() {
     local image state
     make_env
-    image=$(setting SVIP_IMAGE)
+    image=$(setting SVIP_IMAGE svip:latest)
     docker image inspect "$image" >/dev/null 2>&1 || docker pull --quiet "$image" ||
         fail "there is no image $image: build it with \`make image\`, or name another one as SVIP_IMAGE in infra/.env"
     compose up --detach
@@ -71,22 +78,25 @@ up() {
         fail "MLflow is '${state:-not created}', not healthy: its last lines are above"
     fi
     local address
-    address=$(setting SERVER_ADDRESS)
+    address=$(setting SERVER_ADDRESS 127.0.0.1)
     cat <<END
 
 The server answers. In a shell that is to use it:
 
     set -a; . infra/.env; set +a      # the passwords: MLflow's and S3's
-    export MLFLOW_TRACKING_URI=http://$address:$(setting MLFLOW_PORT)
-    export AWS_ENDPOINT_URL=http://$address:$(setting S3_PORT)      # buckets: mlflow (its artifacts), svip (yours)
-    export SVIP_TUNING_STORAGE=postgresql+psycopg2://optuna:\$OPTUNA_DB_PASSWORD@$address:$(setting POSTGRES_PORT)/optuna
+    export MLFLOW_TRACKING_URI=http://$address:$(setting MLFLOW_PORT 5000)
+    export AWS_ENDPOINT_URL=http://$address:$(setting S3_PORT 8333)      # buckets: mlflow (its artifacts), svip (yours)
+    export SVIP_TUNING_STORAGE=postgresql+psycopg2://optuna:\$OPTUNA_DB_PASSWORD@$address:$(setting POSTGRES_PORT 5432)/optuna
 
-In a browser: http://$address:$(setting MLFLOW_PORT), as $(setting MLFLOW_TRACKING_USERNAME) with MLFLOW_TRACKING_PASSWORD of infra/.env.
+In a browser: http://$address:$(setting MLFLOW_PORT 5000), as $(setting MLFLOW_TRACKING_USERNAME svip) with MLFLOW_TRACKING_PASSWORD of infra/.env.
 END
 }
 
-down() {
+started_here() {
     [ -e .env ] || fail "there is no infra/.env: nothing was started from here"
+}
+
+down() {
     compose down "$@"
     case ${1:-} in
     --volumes) echo "stopped; all runs, artifacts and studies that it held are gone" ;;
@@ -96,7 +106,8 @@ down() {
 
 case ${1:-} in
 up) need_docker && up ;;
-down) need_docker && down "${@:2}" ;;
+down) need_docker && started_here && down "${@:2}" ;;
+compose) started_here && compose "${@:2}" ;;
 env) make_env ;;
-*) fail "usage: infra/server.sh up | down [--volumes] | env" ;;
+*) fail "usage: infra/server.sh up | down [--volumes] | compose ... | env" ;;
 esac
