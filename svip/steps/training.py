@@ -56,8 +56,9 @@ def train(
     else:
         nodes, processes = asked("SVIP_NODES", nodes) or 1, processes_for(config.train.device, processes)
     with distributed.joined():
-        place = Place(distributed.on_main(lambda: _address(config, out, parent_run_id, run, resume)))
-        if place.address != out:
+        address = distributed.on_main(lambda: _address(config, out, parent_run_id, run, resume))
+        place = Place(address)
+        if address != out:
             log.info("training is kept at %s until it has finished", place.address)
         if (nodes > 1 or processes > 1) and not place.finished():
             options = {"--preset": preset, "--parent-run-id": parent_run_id, "--run": run}
@@ -72,7 +73,7 @@ def train(
                 launch(["train", *files, *rest], processes)
         else:
             _train(config, bundle, vectors, place, preset, parent_run_id, run, log_model)
-        return distributed.on_main(lambda: _result(place, out))
+        return distributed.on_main(lambda: _result(place, out, elsewhere=address != out))
 
 
 def _address(config: Config, out: str, parent_run_id: str, run: str, resume: bool) -> str:
@@ -92,8 +93,8 @@ def _begun(address: str) -> bool:
     return Path(address).exists() and any(Path(address).iterdir())
 
 
-def _result(place: Place, out: str) -> dict[str, Any]:
-    if place.address != out:
+def _result(place: Place, out: str, elsewhere: bool) -> dict[str, Any]:
+    if elsewhere:
         place.hand_over(Path(out))
         place = Place(out)
     validation = json.loads(place.read("model.json"))["validation"] or {}

@@ -178,6 +178,14 @@ def away(*_: Any) -> None:
     raise Interrupted("the bucket is away")
 
 
+def test_out_may_end_with_a_slash_and_is_not_taken_for_another_place(
+    inputs: tuple[Bundle, Path], whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    assert train(inputs, f"{tmp_path / 'run'}/")["run_id"]
+    assert_same(tmp_path / "run", whole)
+
+
 def test_what_was_begun_in_out_goes_on_there(
     inputs: tuple[Bundle, Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
