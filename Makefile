@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 PORT ?= 5000
+WORKERS ?= 2
 IMAGE ?= svip:latest
 TARGET ?= cpu
 WHEELS_PORT ?= 8418
@@ -23,8 +24,8 @@ setup: $(READY)  ## make the virtual environment with the tested versions (VENV=
 demo: $(READY)  ## run the whole experiment on synthetic data: minutes on two CPU cores (OUT=runs/demo)
 	$(BIN)/svip pipeline run experiment --preset smoke --out "$(OUT)"
 
-test: $(READY)  ## run every test that this machine can run; the others say why they skip
-	$(BIN)/python -m pytest
+test: $(READY)  ## run every test that this machine can run; the others say why they skip (WORKERS=2 processes)
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test-quick: $(READY)  ## run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not docker"

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -19,11 +20,20 @@ from benchmarks.postgres import find_postgres, postgres_server
 from benchmarks.s3server import find_weed, s3_server
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes (``pytest -n 2 --dist loadgroup``) one does a whole file, and one all that needs Docker."""
-    for item in items:
-        group = "docker" if item.get_closest_marker("docker") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes (``pytest -n 2``) one does a whole file, and one all that shares the Docker engine.
+
+    xdist's own groups (``--dist loadgroup``) are without effect under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "containers" if "/containers/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
