@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from svip.steps.model import evaluate, figures, import_checkpoint, predict, report, train
     from svip.steps.runs import close_run, open_run
     from svip.steps.sweeps import ablate, ablate_table, plan_ablation, sensitivity
+    from svip.steps.tuning import plan_tuning, tune, tune_worker, tuning_dashboard, tuning_report
 
 MODULES = {
     "runs": ("open_run", "close_run"),
     "data": ("prepare_data", "push_bundle", "embed_attributes"),
     "model": ("train", "import_checkpoint", "evaluate", "report", "figures", "predict"),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
+    "tuning": ("tune", "plan_tuning", "tune_worker", "tuning_report", "tuning_dashboard"),
 }
 """Module -> its steps."""
 __all__ = [
@@ -32,12 +34,17 @@ __all__ = [
     "import_checkpoint",
     "open_run",
     "plan_ablation",
+    "plan_tuning",
     "predict",
     "prepare_data",
     "push_bundle",
     "report",
     "sensitivity",
     "train",
+    "tune",
+    "tune_worker",
+    "tuning_dashboard",
+    "tuning_report",
 ]
 
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from svip.tuning.storage import STORAGE, TuningError
-from svip.tuning.study import Study
+from svip.tuning.study import ENDED_WELL, Study
 from svip.tuning.worker import shown
 
 GRACE = 60.0
@@ -32,6 +33,7 @@ def run_workers(study: Study, arguments: Sequence[str], workers: int, address: s
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "svip.cli", "tune", "--worker", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
+    told = {trial.number for trial in study.all_trials() if trial.state.is_finished()}
     try:
         with _sigterm_interrupts(), tqdm(total=study.trials, desc="trials", unit="trial") as bar:
             for number in range(workers):
@@ -41,7 +43,6 @@ def run_workers(study: Study, arguments: Sequence[str], workers: int, address: s
                     processes.append(
                         subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
                     )
-            told: set[int] = set()
             while True:
                 running = [process for process in processes if process.poll() is None]
                 show_new(study, told, bar)
@@ -76,12 +77,11 @@ def share_of(number: int, workers: int) -> Mapping[str, str]:
 def show_new(study: Study, told: set[int], bar: tqdm[object]) -> None:
     """Write a line for each trial that has ended since, and move the bar; ``told`` are their numbers."""
     trials = study.all_trials()
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: trial.datetime_complete or datetime.max):
         if trial.state.is_finished() and trial.number not in told and "discarded" not in trial.user_attrs:
             told.add(trial.number)
             bar.write(describe(trial, trials))
-    bar.n = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
-    bar.refresh()
+    bar.update(sum(trial.state in ENDED_WELL for trial in trials) - bar.n)
 
 
 def describe(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> str:

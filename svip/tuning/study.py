@@ -85,6 +85,11 @@ class Study:
         pruner = build_pruner(self.settings.pruner)
         return optuna.load_study(study_name=self.name, storage=self.storage, sampler=sampler, pruner=pruner)
 
+    def set_run_id(self, run_id: str) -> None:
+        """The MLflow run that trials are children of from now on."""
+        self.run_id = run_id
+        self.load().set_user_attr("run_id", run_id)
+
     def all_trials(self) -> list[FrozenTrial]:
         return self.load().get_trials(deepcopy=False)
 
@@ -177,7 +182,7 @@ class Study:
 
 
 def create_study(
-    name: str, address: str, out: Path, settings: Settings, trials: int, heartbeat: int, run_id: str
+    name: str, address: str, out: Path, settings: Settings, trials: int, heartbeat: int
 ) -> Study:
     """A new study, or the one of that name with at least as many trials, and of the same settings.
 
@@ -188,34 +193,25 @@ def create_study(
     known = study.user_attrs
     if "settings" not in known:
         study.set_user_attr("settings", vars(settings))
-        study.set_user_attr("run_id", run_id)
-    else:
-        _check(name, settings, known["settings"])
+    elif differences := settings.differences(known["settings"]):
+        raise TuningError(
+            f"study {name} was begun with something else ({'; '.join(differences)}); "
+            "use the same to go on, or another --out"
+        )
     if known.get("trials", 0) > trials:
         raise TuningError(f"study {name} has {known['trials']} trials; expected at least as many, not {trials}")
     study.set_user_attr("trials", trials)
-    return Study(name, storage, liveness, settings, trials, known.get("run_id", run_id))
+    return Study(name, storage, liveness, settings, trials, known.get("run_id", ""))
 
 
-def open_study(name: str, address: str, out: Path, heartbeat: int, settings: Settings | None = None) -> Study:
-    """A study that exists, if it is one of these settings. TuningError where it isn't."""
+def open_study(name: str, address: str, out: Path, heartbeat: int) -> Study:
+    """A study that exists; TuningError where it doesn't."""
     storage, liveness = open_storage(address, out, heartbeat)
     try:
         known = optuna.load_study(study_name=name, storage=storage).user_attrs
     except KeyError:
         raise TuningError(f"there is no study {name} in this storage; start it with `svip tune`") from None
-    if settings is not None:
-        _check(name, settings, known["settings"])
-    return Study(name, storage, liveness, Settings(**known["settings"]), known["trials"], known["run_id"])
-
-
-def _check(name: str, settings: Settings, stored: Mapping[str, Any]) -> None:
-    differences = settings.differences(stored)
-    if differences:
-        raise TuningError(
-            f"study {name} was begun with something else ({'; '.join(differences)}); "
-            "use the same to go on, or another --out"
-        )
+    return Study(name, storage, liveness, Settings(**known["settings"]), known["trials"], known.get("run_id", ""))
 
 
 def build_sampler(name: str, seed: int, conditional: bool = False) -> BaseSampler:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class Worker:
     study: Study
     space: Space
     preset: str
-    overrides: Sequence[str]
+    base: Path
+    """The configuration that trials vary, as a YAML file."""
     bundle: Bundle
     words: NDArray[np.float32]
     trials: Path
@@ -154,7 +155,7 @@ class Worker:
         if trial.user_attrs.get("deaths", 0) >= DEATHS:
             raise TuningError(f"its worker died {DEATHS} times")
         values = suggest(self.space, trial)
-        config = load_config(self.preset, [*self.overrides, *assignments(values)])
+        config = load_config(str(self.base), assignments(values))
         known = self._inherit(trial)
         record = folder / "run_id"
         tags = {"preset": self.preset, "bundle_sha256": self.bundle.sha256, "step": "trial"}

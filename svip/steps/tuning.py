@@ -1,0 +1,260 @@
+"""Steps that tune: a whole study on this machine, or its parts, for workers on many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from svip import tracking
+from svip.config import Config, flatten, load_config
+from svip.data.bundle import Bundle
+from svip.steps.inputs import open_inputs
+from svip.steps.runs import experiment_of
+from svip.training.checkpoint import AFTER_TRAINING, write_config, write_json
+from svip.tuning.dashboard import show_dashboard
+from svip.tuning.launch import run_workers
+from svip.tuning.objective import check_objective
+from svip.tuning.report import best_trial, write_report
+from svip.tuning.space import Parameter, Space, assignments, load_space, own_values
+from svip.tuning.storage import TuningError, hide_password, storage_address
+from svip.tuning.study import PRUNERS, SAMPLERS, Settings, Study, create_study, open_study
+from svip.tuning.worker import Worker
+
+log = logging.getLogger(__name__)
+
+FREE = (*AFTER_TRAINING, "train.checkpoint_steps", "data.root")
+"""Beginnings of the keys that may be others when a study goes on."""
+
+
+def tune(
+    bundle: str,
+    vectors: str,
+    out: str,
+    preset: str,
+    space: str = "",
+    trials: int = 20,
+    workers: int = 1,
+    storage: str = "",
+    sampler: str = "tpe",
+    pruner: str = "median",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    parent_run_id: str = "",
+    name: str = "",
+    max_errors: int = 10,
+    heartbeat: int = 15,
+) -> dict[str, Any]:
+    """Tune on the validation classes with so many worker processes; what is in ``out`` goes on, or is finished.
+
+    ``storage``: a database's URL (else SVIP_TUNING_STORAGE, else ``out``/study.journal). ``name``: of the study.
+    Returns ``trial``, ``H``, ``overrides`` (the best values) and ``page``. Raises SpaceError, TuningError, ConfigError.
+    """
+    directory, address = Path(out), storage_address(storage, Path(out))
+    config, study = _plan(
+        *(bundle, vectors, directory, preset, space, trials, address, sampler, pruner, seed, overrides, name, heartbeat)
+    )
+    if not study.is_finished():
+        with tracking.open_tracker(
+            experiment_of(config),
+            f"tune-{preset}",
+            parent_run_id=parent_run_id or None,
+            run_id=study.run_id or None,
+            tags={"preset": preset, "step": "tune", "study": study.name},
+        ) as tracker:
+            study.set_run_id(tracker.run_id)
+            tracker.log_params(flatten(config))
+            try:
+                arguments = ["--bundle", bundle, "--vectors", vectors, "--out", out, f"--max-errors={max_errors}"]
+                run_workers(study, arguments, workers, address, directory / "workers")
+            except KeyboardInterrupt:
+                log.info("stopped: %d of %d trials are done; the same command goes on", len(study.ended_well()), trials)
+                raise
+            finally:
+                _report(study, directory, directory, tracker)
+    return _result(study, directory)
+
+
+def plan_tuning(
+    bundle: str,
+    vectors: str,
+    out: str,
+    preset: str,
+    space: str = "",
+    trials: int = 20,
+    workers: int = 2,
+    overrides: Sequence[str] = (),
+    parent_run_id: str = "",
+    name: str = "",
+) -> list[str]:
+    """Start a study for workers elsewhere, whose trials are children of ``parent_run_id``; the workers' names."""
+    address = storage_address("", Path(out))
+    if "://" not in address and "KUBERNETES_SERVICE_HOST" in os.environ:
+        raise TuningError(
+            "workers in other pods need a database: set SVIP_TUNING_STORAGE to its postgresql:// address (on a cluster "
+            "it is in the Secret svip-tuning)"
+        )
+    _, study = _plan(bundle, vectors, Path(out), preset, space, trials, address, overrides=overrides, name=name)
+    study.set_run_id(parent_run_id)
+    return [f"worker-{number}" for number in range(min(workers, trials))]
+
+
+def tune_worker(bundle: str, vectors: str, study: str, max_errors: int = 10) -> int:
+    """Work at the study of that folder until it is finished; the number of trials that ended well here.
+
+    Trials that others are to go on with lie in the folder; or in SVIP_WORK, where that is a folder.
+    """
+    folder = Path(study)
+    record, space = _read(folder)
+    config = load_config(str(folder / "config.yaml"))
+    data, embedding = open_inputs(config, record["preset"], bundle, vectors)
+    opened = open_study(record["name"], storage_address("", folder), folder, record["heartbeat"])
+    now = {"bundle_sha256": data.sha256, "words_sha256": _sha256(embedding.vectors)}
+    stored = {key: getattr(opened.settings, key) for key in now}
+    if now != stored:
+        raise TuningError(f"study {record['name']} was begun with another bundle or other word vectors than these")
+    work = Path(os.environ.get("SVIP_WORK", ""))
+    shared = work / "tuning" / record["name"] if "SVIP_WORK" in os.environ and "://" not in str(work) else folder
+    worker = Worker(
+        opened,
+        space,
+        record["preset"],
+        folder / "config.yaml",
+        data,
+        embedding.vectors,
+        shared / "trials",
+        experiment_of(config),
+        max_errors,
+    )
+    return worker.work()
+
+
+def tuning_report(study: str, out: str, parent_run_id: str = "") -> dict[str, Any]:
+    """Write what a study has found to ``out``, and to its MLflow run; the result as of ``tune``."""
+    folder = Path(study)
+    record, _ = _read(folder)
+    opened = open_study(record["name"], storage_address("", folder), folder, record["heartbeat"])
+    if not opened.is_finished():
+        raise TuningError(
+            f"study {opened.name}: {len(opened.ended_well())} of {opened.trials} trials have ended; run more workers"
+        )
+    files = _report(opened, folder, Path(out))
+    result = _result(opened, Path(out))
+    if parent_run_id:
+        tracking.log_to_run(parent_run_id, {"best/val/H": result["H"]}, files)
+    return result
+
+
+def tuning_dashboard(study: str, storage: str = "", port: int = 8080) -> None:
+    """Serve optuna-dashboard for the study of that folder on this machine, until it is interrupted."""
+    folder = Path(study)
+    record, _ = _read(folder)
+    show_dashboard(record["name"], storage_address(storage, folder), folder, record["heartbeat"], port)
+
+
+def _plan(
+    bundle: str,
+    vectors: str,
+    out: Path,
+    preset: str,
+    space: str,
+    trials: int,
+    address: str,
+    sampler: str = "tpe",
+    pruner: str = "median",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    name: str = "",
+    heartbeat: int = 15,
+) -> tuple[Config, Study]:
+    """Check everything, then make the study, or go on with that of ``out``, and have its trials wait."""
+    for option, value, known in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
+        if value not in known:
+            raise TuningError(f"unknown {option} {value!r}; there are: {', '.join(known)}")
+    if trials < 1:
+        raise TuningError(f"trials={trials}: expected at least 1")
+    config = load_config(preset, overrides)
+    parameters = load_space(space, preset, overrides)
+    data, embedding = open_inputs(config, preset, bundle, vectors)
+    check_objective(config, data)
+    settings = Settings(
+        preset=preset,
+        config={key: value for key, value in flatten(config).items() if not key.startswith(FREE)},
+        space=_plain([vars(parameter) for parameter in parameters]),
+        bundle_sha256=data.sha256,
+        words_sha256=_sha256(embedding.vectors),
+        sampler=sampler,
+        pruner=pruner,
+        seed=seed,
+    )
+    kept = hide_password(address) if "://" in address else "study.journal"
+    record: dict[str, Any] = {"name": name or f"{config.data.dataset}-{secrets.token_hex(4)}", "storage": kept}
+    if (out / "study.json").exists():
+        before, _ = _read(out)
+        if name and name != before["name"]:
+            raise TuningError(f"{out} holds study {before['name']}, not {name}; use another --out")
+        if before["storage"] != kept:
+            raise TuningError(f"study {before['name']} of {out} is kept in {before['storage']}; give that as --storage")
+        record["name"] = before["name"]
+    out.mkdir(parents=True, exist_ok=True)
+    study = create_study(record["name"], address, out, settings, trials, heartbeat)
+    write_config(out, config)
+    write_json(out / "study.json", record | {"preset": preset, "heartbeat": heartbeat, "space": settings.space})
+    first = own_values(parameters, config)
+    if first is None:
+        log.info("the preset's own values lie outside of the search space, so no trial tries them")
+    study.fill(first)
+    return config, study
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Space]:
+    """study.json's content, and its search space."""
+    if not (folder / "study.json").is_file():
+        raise TuningError(f"{folder} holds no study (no study.json); start one with `svip tune --out`")
+    record = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    rows = [
+        row | {"choices": tuple(row["choices"]), "when": {key: tuple(values) for key, values in row["when"].items()}}
+        for row in record["space"]
+    ]
+    return record, tuple(Parameter(**row) for row in rows)
+
+
+def _report(study: Study, folder: Path, out: Path, tracker: tracking.Tracker | None = None) -> list[Path]:
+    record, space = _read(folder)
+    files = write_report(study, space, record["preset"], folder / "config.yaml", out)
+    best = best_trial(study)
+    if tracker is not None:
+        for file in files:
+            tracker.log_artifact(file)
+        if best is not None:
+            tracker.log_metrics({"best/val/H": float(best.value or 0)})
+            tracker.set_tags({"best.trial": str(best.number), "best.overrides": " ".join(assignments(best.params))})
+    return files
+
+
+def _result(study: Study, out: Path) -> dict[str, Any]:
+    best = best_trial(study)
+    if best is None:
+        raise TuningError(f"study {study.name}: all trials were pruned, none finished; use another --pruner")
+    return {
+        "trial": best.number,
+        "H": float(best.value or 0),
+        "overrides": assignments(best.params),
+        "page": str(out / "tuning.html"),
+    }
+
+
+def _plain(content: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(content))
+
+
+def _sha256(words: NDArray[Any]) -> str:
+    return hashlib.sha256(words.tobytes()).hexdigest()
