@@ -93,6 +93,7 @@ def plan_tuning(
     overrides: Sequence[str] = (),
     parent_run_id: str = "",
     name: str = "",
+    heartbeat: int = 15,
 ) -> list[str]:
     """Start a study for workers elsewhere, whose trials are children of ``parent_run_id``; the workers' names."""
     address = storage_address("", Path(out))
@@ -101,7 +102,8 @@ def plan_tuning(
             "workers in other pods need a database: set SVIP_TUNING_STORAGE to its postgresql:// address (on a cluster "
             "it is in the Secret svip-tuning)"
         )
-    _, study = _plan(bundle, vectors, Path(out), preset, space, trials, address, overrides=overrides, name=name)
+    options: dict[str, Any] = {"overrides": overrides, "name": name, "heartbeat": heartbeat}
+    _, study = _plan(bundle, vectors, Path(out), preset, space, trials, address, **options)
     study.set_run_id(parent_run_id)
     return [f"worker-{number}" for number in range(min(workers, trials))]
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import optuna
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from optuna.importance import get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
@@ -79,7 +80,7 @@ def importance_figure(shares: dict[str, float]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def slice_figure(trials: Sequence[FrozenTrial], space: Sequence[Any]) -> Figure:
-    """H over each parameter of the space, a point a finished trial; later ones are darker."""
+    """H over each parameter of the space, a point a finished trial; later ones are darker, the best is the diamond."""
     columns = min(3, len(space))
     rows = -(-len(space) // columns)
     figure = blank(2.9 * columns + 0.4, 2.5 * rows)
@@ -94,11 +95,20 @@ def slice_figure(trials: Sequence[FrozenTrial], space: Sequence[Any]) -> Figure:
         if parameter.choices:
             axes.set_xticks(range(len(parameter.choices)), [str(choice) for choice in parameter.choices])
             points = [(parameter.choices.index(value), height, number) for value, height, number in points]
-        if parameter.log:
+        elif parameter.log:
             axes.set_xscale("log")
+            axes.set_xlim(parameter.low / 1.1, parameter.high * 1.1)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        elif parameter.whole:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         last = max((trial.number for trial in finished), default=0) or 1
         for value, height, number in points:
             axes.plot(value, height, "o", markersize=4.5, color=PALETTE["accent"], alpha=0.3 + 0.7 * number / last)
+        if points:
+            value, height, _ = max(points, key=lambda point: point[1])
+            axes.plot(value, height, "D", markersize=6, color=PALETTE["orange"])
         axes.set_xlabel(parameter.key)
         axes.grid(axis="y")
         if index % columns == 0:

@@ -50,7 +50,7 @@ def write_report(study: Study, space: Space, preset: str, base: Path, out: Path)
 
     figures: list[tuple[str, str, Figure]] = [
         ("history", "Each trial's H, and the best so far.", history_figure(trials)),
-        ("slice", "H over each parameter; later trials are darker.", slice_figure(trials, space)),
+        ("slice", "H over each parameter; later trials are darker, the best is the diamond.", slice_figure(trials, space)),
     ]
     shares = importances(study.load())
     if shares:

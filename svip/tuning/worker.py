@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -173,6 +174,7 @@ class Worker:
             stack.enter_context(tracker)
             record.write_text(tracker.run_id)
             trial.set_user_attr("run_id", tracker.run_id)
+            trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
             tracker.log_params(flatten(config))
             told: list[dict[str, Any]] = []
 
