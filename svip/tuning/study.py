@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
@@ -218,7 +219,9 @@ def build_sampler(name: str, seed: int, conditional: bool = False) -> BaseSample
     """TPE over all parameters jointly, which keeps off what other workers are trying; or random."""
     if name == "random":
         return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, multivariate=True, group=conditional, constant_liar=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return TPESampler(seed=seed, multivariate=True, group=conditional, constant_liar=True)
 
 
 def build_pruner(name: str) -> BasePruner:

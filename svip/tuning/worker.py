@@ -128,6 +128,7 @@ class Worker:
     def _run(self, frozen: FrozenTrial, stop: Stop) -> bool:
         """Train a trial that is this worker's; whether it ended well. It is told to the storage in any case."""
         study = self.study.load(seed=frozen.number)
+        study.get_trials(deepcopy=False)  # Optuna's cache of a database wants to have seen a trial that it writes to
         trial = optuna.trial.Trial(study, frozen._trial_id)
         try:
             history, state = self._train(trial, stop)
@@ -141,8 +142,8 @@ class Worker:
         except Exception as error:
             self.study.fail(frozen, f"{type(error).__name__}: {error}")
             finish_folder(self._folder(trial.number), [])
-            log.warning("trial %d failed: %s", trial.number, error)
-            log.debug("", exc_info=True)
+            log.warning("trial %d failed: %s: %s", trial.number, type(error).__name__, error)
+            log.debug("this was it:", exc_info=True)
             return False
         value = best_of(history)[OBJECTIVE] if state is TrialState.COMPLETE else None
         study.tell(trial, value, state, skip_if_finished=True)
