@@ -46,7 +46,7 @@ def run_workers(study: Study, arguments: Sequence[str], workers: int, address: s
             while True:
                 running = [process for process in processes if process.poll() is None]
                 show_new(study, told, bar)
-                if not running:
+                if not running or study.is_finished():  # a worker may still be starting
                     break
                 time.sleep(1)
     finally:
@@ -80,7 +80,7 @@ def show_new(study: Study, told: set[int], bar: tqdm[object]) -> None:
     for trial in sorted(trials, key=lambda trial: trial.datetime_complete or datetime.max):
         if trial.state.is_finished() and trial.number not in told and "discarded" not in trial.user_attrs:
             told.add(trial.number)
-            bar.write(describe(trial, trials))
+            bar.write(describe(trial, trials), file=sys.stderr)
     bar.update(sum(trial.state in ENDED_WELL for trial in trials) - bar.n)
 
 
