@@ -29,11 +29,14 @@ def run_command(
     ] = None,
     variants: Annotated[str, typer.Option(help="Of ablation: all, or names with commas.")] = "",
     seeds: Annotated[int, typer.Option(help="Of ablation: seeds of each variant.")] = 0,
+    runner: Annotated[
+        str, typer.Option(help="subprocess: each step in a process. docker: each in a container (docs/docker.md).")
+    ] = "subprocess",
 ) -> None:
-    """Run a pipeline on this machine, each step in a process of its own."""
+    """Run a pipeline on this machine."""
     parameters = {"variants": variants.split(",")} if variants else {}
     out = out or Path("runs") / name
-    run(name, preset, overrides or [], out, **parameters, **({"seeds": seeds} if seeds else {}))
+    run(name, preset, overrides or [], out, runner, **parameters, **({"seeds": seeds} if seeds else {}))
     show_results(name, out)
 
 

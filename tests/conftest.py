@@ -13,6 +13,13 @@ from benchmarks.postgres import find_postgres, postgres_server
 from benchmarks.s3server import find_weed, s3_server
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes (``pytest -n 2 --dist loadgroup``) one does a whole file, and one all that needs Docker."""
+    for item in items:
+        group = "docker" if item.get_closest_marker("docker") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tensors as small as these tests' gain nothing from a second thread, and wait long for it on a busy machine.

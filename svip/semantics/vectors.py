@@ -82,12 +82,14 @@ def embed_attributes(
 def write_embedding(embedding: Embedding, out: Path | str) -> None:
     """Write vectors.npy, attributes.txt and report.json to the folder ``out``, which appears whole or not at all.
 
-    An older embedding there is replaced; VectorsError when something else is there.
+    The same attributes' vectors by the same file and pooling are replaced; VectorsError when something else is there.
     """
     out = Path(out).resolve()
     occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if occupied and not (out / "vectors.npy").is_file():
         raise VectorsError(f"{out} exists and holds no attribute vectors; give another output folder")
+    if occupied:
+        _check_same(out, embedding)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
     temporary.mkdir(parents=True)
@@ -101,6 +103,20 @@ def write_embedding(embedding: Embedding, out: Path | str) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_same(out: Path, embedding: Embedding) -> None:
+    """VectorsError where ``out`` holds whole vectors of other attributes, or made in another way."""
+    try:
+        there = read_embedding(out)
+    except VectorsError:
+        return
+    file, pooling = (there.report.get(key) for key in ("vectors_file", "pooling"))
+    if (there.names, file, pooling) != (embedding.names, *map(embedding.report.get, ("vectors_file", "pooling"))):
+        raise VectorsError(
+            f"{out} holds other attribute vectors ({len(there.names)} from {file}, pooling {pooling}); give another "
+            "--out, or delete it first"
+        )
 
 
 def read_embedding(path: Path | str) -> Embedding:

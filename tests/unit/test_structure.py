@@ -15,7 +15,7 @@ LAYERS = (
     {"svip", "svip.config"},
     {"svip.data", "svip.semantics", "svip.models", "svip.losses", "svip.tracking"},
     {"svip.training", "svip.evaluation", "svip.sweep"},
-    {"svip.steps", "svip.predict", "svip.tuning", "svip.benchmark", "svip.mlflow_model"},
+    {"svip.steps", "svip.predict", "svip.tuning", "svip.benchmark", "svip.mlflow_model", "svip.doctor"},
     {"svip.cli"},
 )
 """From the lowest: a module imports from its own layer and those below."""
