@@ -95,59 +95,46 @@ def plan_tuning(
     name: str = "",
     heartbeat: int = 15,
 ) -> list[str]:
-    """Start a study for workers elsewhere, whose trials are children of ``parent_run_id``; the workers' names."""
-    address = storage_address("", Path(out))
+    """Start a study for workers elsewhere, whose trials are children of ``parent_run_id``; the workers' names.
+
+    Where SVIP_WORK is a folder, what all workers share lies there, not in ``out``.
+    """
+    name = name or (f"tuning-{parent_run_id[:12]}" if parent_run_id else "")
+    address = storage_address("", _shared(name, Path(out)))
     if "://" not in address and "KUBERNETES_SERVICE_HOST" in os.environ:
         raise TuningError(
             "workers in other pods need a database: set SVIP_TUNING_STORAGE to its postgresql:// address (on a cluster "
             "it is in the Secret svip-tuning)"
         )
     options: dict[str, Any] = {"overrides": overrides, "name": name, "heartbeat": heartbeat}
-    _, study = _plan(bundle, vectors, Path(out), preset, space, trials, address, **options)
+    _, study = _plan(bundle, vectors, Path(out), preset, space, trials, address, shared=True, **options)
     study.set_run_id(parent_run_id)
     return [f"worker-{number}" for number in range(min(workers, trials))]
 
 
 def tune_worker(bundle: str, vectors: str, study: str, max_errors: int = 10) -> int:
-    """Work at the study of that folder until it is finished; the number of trials that ended well here.
-
-    Trials that others are to go on with lie in the folder; or in SVIP_WORK, where that is a folder.
-    """
+    """Work at the study of that folder until it is finished; the number of trials that ended well here."""
     folder = Path(study)
     record, space = _read(folder)
     config = load_config(str(folder / "config.yaml"))
     data, embedding = open_inputs(config, record["preset"], bundle, vectors)
-    opened = open_study(record["name"], storage_address("", folder), folder, record["heartbeat"])
+    opened, work = _open(folder)
     now = {"bundle_sha256": data.sha256, "words_sha256": _sha256(embedding.vectors)}
-    stored = {key: getattr(opened.settings, key) for key in now}
-    if now != stored:
-        raise TuningError(f"study {record['name']} was begun with another bundle or other word vectors than these")
-    work = Path(os.environ.get("SVIP_WORK", ""))
-    shared = work / "tuning" / record["name"] if "SVIP_WORK" in os.environ and "://" not in str(work) else folder
-    worker = Worker(
-        opened,
-        space,
-        record["preset"],
-        folder / "config.yaml",
-        data,
-        embedding.vectors,
-        shared / "trials",
-        experiment_of(config),
-        max_errors,
-    )
-    return worker.work()
+    if now != {key: getattr(opened.settings, key) for key in now}:
+        raise TuningError(f"study {opened.name} was begun with another bundle or other word vectors than these")
+    base, trials = folder / "config.yaml", work / "trials"
+    arguments = (opened, space, record["preset"], base, data, embedding.vectors, trials, experiment_of(config))
+    return Worker(*arguments, max_errors).work()
 
 
 def tuning_report(study: str, out: str, parent_run_id: str = "") -> dict[str, Any]:
     """Write what a study has found to ``out``, and to its MLflow run; the result as of ``tune``."""
-    folder = Path(study)
-    record, _ = _read(folder)
-    opened = open_study(record["name"], storage_address("", folder), folder, record["heartbeat"])
+    opened, _ = _open(Path(study))
     if not opened.is_finished():
         raise TuningError(
             f"study {opened.name}: {len(opened.ended_well())} of {opened.trials} trials have ended; run more workers"
         )
-    files = _report(opened, folder, Path(out))
+    files = _report(opened, Path(study), Path(out))
     result = _result(opened, Path(out))
     if parent_run_id:
         tracking.log_to_run(parent_run_id, {"best/val/H": result["H"]}, files)
@@ -156,9 +143,8 @@ def tuning_report(study: str, out: str, parent_run_id: str = "") -> dict[str, An
 
 def tuning_dashboard(study: str, storage: str = "", port: int = 8080) -> None:
     """Serve optuna-dashboard for the study of that folder on this machine, until it is interrupted."""
-    folder = Path(study)
-    record, _ = _read(folder)
-    show_dashboard(record["name"], storage_address(storage, folder), folder, record["heartbeat"], port)
+    opened, _ = _open(Path(study), storage)
+    show_dashboard(opened, port)
 
 
 def _plan(
@@ -175,6 +161,7 @@ def _plan(
     overrides: Sequence[str] = (),
     name: str = "",
     heartbeat: int = 15,
+    shared: bool = False,
 ) -> tuple[Config, Study]:
     """Check everything, then make the study, or go on with that of ``out``, and have its trials wait."""
     for option, value, known in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
@@ -206,14 +193,29 @@ def _plan(
             raise TuningError(f"study {before['name']} of {out} is kept in {before['storage']}; give that as --storage")
         record["name"] = before["name"]
     out.mkdir(parents=True, exist_ok=True)
-    study = create_study(record["name"], address, out, settings, trials, heartbeat)
+    home = _shared(record["name"], out) if shared else out
+    study = create_study(record["name"], address, home, settings, trials, heartbeat)
     write_config(out, config)
-    write_json(out / "study.json", record | {"preset": preset, "heartbeat": heartbeat, "space": settings.space})
+    record |= {"shared": shared, "preset": preset, "heartbeat": heartbeat, "space": settings.space}
+    write_json(out / "study.json", record)
     first = own_values(parameters, config)
     if first is None:
         log.info("the preset's own values lie outside of the search space, so no trial tries them")
     study.fill(first)
     return config, study
+
+
+def _open(folder: Path, storage: str = "") -> tuple[Study, Path]:
+    """The study that study.json of that folder names, and the folder that its workers share."""
+    record, _ = _read(folder)
+    work = _shared(record["name"], folder) if record["shared"] else folder
+    return open_study(record["name"], storage_address(storage, work), work, record["heartbeat"]), work
+
+
+def _shared(name: str, folder: Path) -> Path:
+    """The study's place in SVIP_WORK, where that is a folder; else ``folder``."""
+    work = os.environ.get("SVIP_WORK", "")
+    return Path(work) / "tuning" / name if name and work and "://" not in work else folder
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], Space]:

@@ -44,13 +44,19 @@ def write_report(study: Study, space: Space, preset: str, base: Path, out: Path)
     if best is None:
         return written
     values = assignments(best.params)
-    said = f"# Trial {best.number} of study {study.name}, varying {preset}: H {best.value:.2f} on the validation classes."
+    said = (
+        f"# Trial {best.number} of study {study.name}, varying {preset}: H {best.value:.2f} on the validation classes."
+    )
     write_text(out / "best.yaml", f"{said}\n# {HONEST}\n{to_yaml(load_config(str(base), values))}")
     written.append(out / "best.yaml")
 
     figures: list[tuple[str, str, Figure]] = [
         ("history", "Each trial's H, and the best so far.", history_figure(trials)),
-        ("slice", "H over each parameter; later trials are darker, the best is the diamond.", slice_figure(trials, space)),
+        (
+            "slice",
+            "H over each parameter; later trials are darker, the best is the diamond.",
+            slice_figure(trials, space),
+        ),
     ]
     shares = importances(study.load())
     if shares:

@@ -1,8 +1,8 @@
 """Search spaces: YAML files keyed by configuration paths, checked against the configuration before the first trial.
 
-    optim.lr: {low: 1e-6, high: 1e-4, log: true}
-    model.contextualize: {choices: [unselected, all]}
-    loss.lambda1: {low: 0.1, high: 5, when: {model.contextualize: [unselected]}}
+optim.lr: {low: 1e-6, high: 1e-4, log: true}
+model.contextualize: {choices: [unselected, all]}
+loss.lambda1: {low: 0.1, high: 5, when: {model.contextualize: [unselected]}}
 """
 
 from __future__ import annotations
@@ -192,7 +192,9 @@ def _range(
     low, high, step = kind(row["low"]), kind(row["high"]), row.get("step")
     if "of" in row:
         if key != GROUPS or row["of"] < 1:
-            raise SpaceError(f"{where}: `of` is the number of groups that {GROUPS} is counted in; expected it only there")
+            raise SpaceError(
+                f"{where}: `of` is the number of groups that {GROUPS} is counted in; expected it only there"
+            )
         low, high = (max(1, round(bound / row["of"] * groups)) for bound in (low, high))
     if low >= high:
         raise SpaceError(f"{where}: low {low:g} is not below high {high:g}")

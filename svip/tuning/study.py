@@ -182,9 +182,7 @@ class Study:
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
-def create_study(
-    name: str, address: str, out: Path, settings: Settings, trials: int, heartbeat: int
-) -> Study:
+def create_study(name: str, address: str, out: Path, settings: Settings, trials: int, heartbeat: int) -> Study:
     """A new study, or the one of that name with at least as many trials, and of the same settings.
 
     Raises TuningError for a study of other settings, or one that was planned with more trials.

@@ -167,8 +167,6 @@ def test_the_command_tunes_goes_on_and_says_what_to_do_next(
     assert more.returncode == 0 and len(pd.read_csv(out / "trials.csv")) == 5
 
 
-
-
 @pytest.mark.slow
 def test_an_interrupted_command_stops_its_workers_and_the_next_one_finishes(
     inputs: tuple[str, str, str], tmp_path: Path, store: str

@@ -145,8 +145,10 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
     # the killed worker's trial and the stopped one's were gone on with, by the same parameters and no epoch twice
     resumed = {trial.user_attrs["resumes"]: trial for trial in trials if "resumes" in trial.user_attrs}
     interrupted = [trial for trial in failed if trial not in errors]
-    assert {trial.number for trial in interrupted} == resumed.keys() >= {killed.number} | (
-        {stopped.number} if trials[stopped.number].state is TrialState.FAIL else set()
+    assert (
+        {trial.number for trial in interrupted}
+        == resumed.keys()
+        >= {killed.number} | ({stopped.number} if trials[stopped.number].state is TrialState.FAIL else set())
     )
     for trial in interrupted:
         successor = resumed[trial.number]
