@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -370,15 +370,6 @@ def get_value(config: Config, key: str) -> Any:
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> value, for all leaves, in order."""
     return {key: get_value(config, key) for key in _keys(Config)}
-
-
-def field_type(key: str, source: str) -> Any:
-    """The annotated type of a key, such as float; ConfigError, which names the ``source``, for an unknown key."""
-    _refuse_unknown_key(key, source)
-    kind: Any = Config
-    for part in key.split("."):
-        kind = get_type_hints(kind)[part] if is_dataclass(kind) else Any
-    return kind
 
 
 def variant(config: Config) -> str:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from svip import tracking
 from svip.config import Config, flatten, load_config
-from svip.data.bundle import Bundle
 from svip.steps.inputs import open_inputs
 from svip.steps.runs import experiment_of
 from svip.training.checkpoint import AFTER_TRAINING, write_config, write_json

@@ -29,23 +29,23 @@ def history_figure(trials: Sequence[FrozenTrial]) -> Figure:
         if trial.state is TrialState.COMPLETE:
             best = max(best, float(trial.value or 0))
             steps.append((trial.number, best))
-    for state, label, style in (
-        (TrialState.COMPLETE, "finished", {"marker": "o", "color": PALETTE["accent"]}),
-        (TrialState.PRUNED, "pruned", {"marker": "x", "color": PALETTE["orange"]}),
+    for state, label, marker, colour in (
+        (TrialState.COMPLETE, "finished", "o", "accent"),
+        (TrialState.PRUNED, "pruned", "x", "orange"),
     ):
         of_state = [trial for trial in trials if trial.state is state]
         axes.plot(
             [trial.number for trial in of_state],
             [float(trial.value or 0) for trial in of_state],
-            linestyle="none",
+            marker,
+            color=PALETTE[colour],
             markersize=5,
             label=label,
-            **style,
         )
     axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=PALETTE["ink"], linewidth=1.3, label="best")
     axes.set_xlabel("trial")
     axes.set_ylabel(H)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
     figure.legend(loc="outside upper left", ncols=3, fontsize=9)
     return figure
@@ -88,7 +88,7 @@ def slice_figure(trials: Sequence[FrozenTrial], space: Sequence[Any]) -> Figure:
     for index, parameter in enumerate(space):
         axes = figure.add_subplot(rows, columns, index + 1)
         points = [
-            (trial.params[parameter.key], trial.value, trial.number)
+            (trial.params[parameter.key], float(trial.value or 0), trial.number)
             for trial in finished
             if parameter.key in trial.params
         ]

@@ -62,7 +62,7 @@ def write_report(study: Study, space: Space, preset: str, base: Path, out: Path)
     if shares:
         figures.insert(1, ("importance", "How much of it each parameter explains.", importance_figure(shares)))
     for name, _, figure in figures:
-        write_atomically(out / f"{name}.png", lambda path, figure=figure: _save_png(figure, path))
+        _save_png(figure, out / f"{name}.png")
         written.append(out / f"{name}.png")
     ended = f"{len(study.ended_well())} of {study.trials} trials"
     page = render(
@@ -111,4 +111,4 @@ def _cell(value: Any) -> str:
 
 def _save_png(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
+        write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=160))

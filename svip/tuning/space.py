@@ -11,15 +11,15 @@ import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from optuna.trial import Trial
 
-from svip.config import Config, ConfigError, field_type, get_value, load_config
+from svip.config import Config, ConfigError, get_value, load_config
 from svip.sweep import group_count
 
 TUNABLE = ("model.", "loss.", "optim.", "data.train_view", "data.test_view", "data.flip", "train.precision")
@@ -144,11 +144,7 @@ def _path(name: str) -> Path:
 
 
 def _parameter(key: str, row: Any, earlier: Sequence[Parameter], groups: int, source: str) -> Parameter:
-    try:
-        kind = field_type(key, source)
-    except ConfigError as error:
-        raise SpaceError(str(error)) from None
-    where = f"{source}: {key}"
+    where, kind = f"{source}: {key}", _type_of(key, source)
     if not key.startswith(TUNABLE) or kind not in (int, float, bool, str):
         raise SpaceError(f"{where} can't be tuned; expected a single value below {', '.join(TUNABLE)}")
     if not isinstance(row, dict):
@@ -162,6 +158,19 @@ def _parameter(key: str, row: Any, earlier: Sequence[Parameter], groups: int, so
     if "choices" in row:
         return Parameter(key, choices=_choices(where, row, kind), when=when)
     return _range(where, key, row, kind, when, groups)
+
+
+def _type_of(key: str, source: str) -> Any:
+    """The annotated type of a configuration key; SpaceError with the nearest one for a key that doesn't exist."""
+    try:
+        load_config("smoke", [f"{key}=null"])
+    except ConfigError as error:
+        if "unknown key" in str(error):
+            raise SpaceError(f"{source}: {str(error).removeprefix('override: ')}") from None
+    kind: Any = Config
+    for part in key.split("."):
+        kind = get_type_hints(kind)[part] if is_dataclass(kind) else Any
+    return kind
 
 
 def _choices(where: str, row: Mapping[str, Any], kind: type) -> tuple[Any, ...]:

@@ -273,12 +273,11 @@ def test_a_database_that_is_away_is_told_without_its_password(inputs: tuple[str,
 
 def test_a_signal_waits_until_nothing_is_halfway() -> None:
     done = []
-    with pytest.raises(Stopped) as caught, Stop() as stop:
-        with stop.possible():
-            with stop.possible(False):
-                os.kill(os.getpid(), signal.SIGTERM)
-                done.append("told")
-            done.append("trained on")
+    with pytest.raises(Stopped) as caught, Stop() as stop, stop.possible():
+        with stop.possible(False):
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("told")
+        done.append("trained on")
     assert done == ["told"]
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -87,9 +87,9 @@ def wait_for_trial_of(pid: int, address: str, name: str) -> FrozenTrial:
     while time.monotonic() < deadline:
         trials = trials_of(address, name)
         mine = [trial for trial in trials if trial.user_attrs.get("worker", "").endswith(f":{pid}")]
-        if sum(trial.state.is_finished() for trial in trials) > 8 and mine and mine[-1].state is TrialState.RUNNING:
-            if mine[-1].intermediate_values:
-                return mine[-1]
+        started = sum(trial.state.is_finished() for trial in trials) > 8
+        if started and mine and mine[-1].state is TrialState.RUNNING and mine[-1].intermediate_values:
+            return mine[-1]
     raise AssertionError("no trial of that worker was seen")
 
 
@@ -105,16 +105,10 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
     overrides = [*TINY, f"optim.epochs={EPOCHS}"]
     parent = steps.open_run("tuning", "smoke", overrides)
     arguments = [str(bundle.path), str(tmp_path / "words"), str(tmp_path / "study")]
+    bundle_path, words, study = arguments
+    space = str(tmp_path / "space.yaml")
     names = steps.plan_tuning(
-        *arguments,
-        "smoke",
-        str(tmp_path / "space.yaml"),
-        TRIALS,
-        WORKERS,
-        overrides,
-        parent,
-        name="sixty",
-        heartbeat=1,
+        *(bundle_path, words, study, "smoke", space, TRIALS, WORKERS, overrides, parent), name="sixty", heartbeat=1
     )
     assert len(names) == WORKERS
     command = [sys.executable, str(tmp_path / "worker.py"), *arguments]
@@ -177,7 +171,7 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
     assert {runs[trial.number].info.status for trial in errors} <= {"FAILED"}
 
     best = steps.tuning_report(arguments[2], str(tmp_path / "report"), parent)
-    assert best["H"] == max(trial.value for trial in well if trial.state is TrialState.COMPLETE)
+    assert best["H"] == max(float(trial.value or 0) for trial in well if trial.state is TrialState.COMPLETE)
     files = {file.path for file in client.list_artifacts(parent)}
     assert files == {"tuning.html", "best.yaml", "trials.csv", "history.png", "importance.png", "slice.png"}
     password = databases[0].split(":")[2].split("@")[0]
