@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from importlib.metadata import entry_points
 
@@ -25,6 +26,11 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from svip.training.launch import left_to_others
+
+            if left_to_others(error):
+                sys.exit(1)
         message = escape(str(error) or type(error).__name__)
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {message}", soft_wrap=True)
         sys.exit(1)

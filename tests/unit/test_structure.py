@@ -14,7 +14,7 @@ OURS = ("svip", "components", "pipelines")
 LAYERS = (
     {"svip", "svip.config"},
     {"svip.data", "svip.semantics", "svip.models", "svip.losses", "svip.tracking"},
-    {"svip.training", "svip.evaluation", "svip.sweep"},
+    {"svip.training", "svip.evaluation", "svip.sweep", "svip.trainjob"},
     {"svip.steps", "svip.predict", "svip.tuning", "svip.benchmark", "svip.mlflow_model", "svip.doctor"},
     {"svip.cli"},
 )
@@ -74,6 +74,7 @@ def test_no_module_imports_itself_through_others() -> None:
         ("optuna", {"svip.tuning"}),
         ("typer", {"svip.cli", "pipelines.cli"}),
         ("components", {"components", "pipelines"}),
+        ("kubeflow", {"svip.trainjob"}),
         ("pipelines", {"pipelines"}),
     ],
 )
