@@ -27,6 +27,9 @@ def tune(
     ] = "",
     trials: Annotated[int, typer.Option(min=1, help="Trials that are to end well, finished or pruned.")] = 20,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes that train one trial together.", show_default="one for each GPU")
+    ] = 0,
     storage: Annotated[
         str,
         typer.Option(help="Database URL, else $SVIP_TUNING_STORAGE.", show_default="OUT/study.journal"),
@@ -54,11 +57,11 @@ def tune(
         if not value:
             raise typer.BadParameter("is needed to tune", param_hint=option)
     if worker:
-        steps.tune_worker(bundle, vectors, str(out), max_errors)
+        steps.tune_worker(bundle, vectors, str(out), max_errors, processes, storage)
         return
     result = steps.tune(
         *(bundle, vectors, str(out), preset, space, trials, workers, storage, sampler, pruner, seed),
-        *(overrides or [], parent_run_id, name, max_errors, heartbeat),
+        *(overrides or [], parent_run_id, name, max_errors, heartbeat, processes),
     )
     print(f"best: trial {result['trial']}, H {result['H']:.1f} on the validation classes")
     print(f"      {' '.join(result['overrides'])}")

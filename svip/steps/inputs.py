@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from svip.config import Config
 from svip.data.bundle import Bundle
 from svip.data.bundle_cache import open_bundle
-from svip.semantics.vectors import Embedding, read_embedding
+from svip.semantics.vectors import Embedding, open_embedding
 
 
 def open_inputs(config: Config, preset: str, bundle: str, vectors: str) -> tuple[Bundle, Embedding]:
     """Both, if the bundle was made with this configuration and the vectors for its attributes. Else ValueError."""
-    data, embedding = open_bundle(bundle), read_embedding(Path(vectors))
+    data, embedding = open_bundle(bundle), open_embedding(vectors)
     made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
     for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
         if getattr(config.data, name) != made_with[name]:

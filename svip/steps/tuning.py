@@ -17,13 +17,15 @@ from svip import tracking
 from svip.config import Config, flatten, load_config
 from svip.steps.inputs import open_inputs
 from svip.steps.runs import experiment_of
+from svip.training import distributed
 from svip.training.checkpoint import AFTER_TRAINING, write_config, write_json
+from svip.training.launch import launch, processes_for
 from svip.tuning.dashboard import show_dashboard
 from svip.tuning.launch import run_workers
 from svip.tuning.objective import check_objective
 from svip.tuning.report import best_trial, write_report
 from svip.tuning.space import Parameter, Space, assignments, load_space, own_values
-from svip.tuning.storage import TuningError, hide_password, storage_address
+from svip.tuning.storage import STORAGE, TuningError, hide_password, storage_address
 from svip.tuning.study import PRUNERS, SAMPLERS, Settings, Study, create_study, open_study
 from svip.tuning.worker import Worker
 
@@ -50,10 +52,12 @@ def tune(
     name: str = "",
     max_errors: int = 10,
     heartbeat: int = 15,
+    processes: int = 0,
 ) -> dict[str, Any]:
     """Tune on the validation classes with so many worker processes; what is in ``out`` goes on, or is finished.
 
     ``storage``: a database's URL (else SVIP_TUNING_STORAGE, else ``out``/study.journal). ``name``: of the study.
+    ``processes``: how many train one trial together (0: one for each of the worker's GPUs).
     Returns ``trial``, ``H``, ``overrides`` (the best values) and ``page``. Raises SpaceError, TuningError, ConfigError.
     """
     directory, address = Path(out), storage_address(storage, Path(out))
@@ -72,6 +76,7 @@ def tune(
             tracker.log_params(flatten(config))
             try:
                 arguments = ["--bundle", bundle, "--vectors", vectors, "--out", out, f"--max-errors={max_errors}"]
+                arguments.append(f"--processes={processes}")
                 run_workers(study, arguments, workers, address, directory / "workers")
             except KeyboardInterrupt:
                 log.info("stopped: %d of %d trials are done; the same command goes on", len(study.ended_well()), trials)
@@ -111,13 +116,32 @@ def plan_tuning(
     return [f"worker-{number}" for number in range(min(workers, trials))]
 
 
-def tune_worker(bundle: str, vectors: str, study: str, max_errors: int = 10) -> int:
-    """Work at the study of that folder until it is finished; the number of trials that ended well here."""
+def tune_worker(
+    bundle: str, vectors: str, study: str, max_errors: int = 10, processes: int = 0, storage: str = ""
+) -> int:
+    """Work at the study of that folder until it is finished; the number of trials that ended well meanwhile.
+
+    ``processes``: how many train a trial together (0: SVIP_PROCESSES, else one for each GPU). Under torchrun this
+    process joins the others.
+    """
     folder = Path(study)
-    record, space = _read(folder)
     config = load_config(str(folder / "config.yaml"))
+    processes = 1 if distributed.started_by_torchrun() else processes_for(config.train.device, processes)
+    if processes == 1:
+        with distributed.joined():
+            return _work(bundle, vectors, folder, config, max_errors, storage)
+    opened, _ = _open(folder, storage)
+    before = len(opened.ended_well())
+    os.environ[STORAGE] = storage_address(storage, _open(folder, storage)[1])  # it may hold a password
+    files = [f"--bundle={bundle}", f"--vectors={vectors}", f"--out={study}", f"--max-errors={max_errors}"]
+    launch(["tune", "--worker", *files], processes)
+    return len(opened.ended_well()) - before
+
+
+def _work(bundle: str, vectors: str, folder: Path, config: Config, max_errors: int, storage: str) -> int:
+    record, space = _read(folder)
     data, embedding = open_inputs(config, record["preset"], bundle, vectors)
-    opened, work = _open(folder)
+    opened, work = _open(folder, storage)
     now = {"bundle_sha256": data.sha256, "words_sha256": _sha256(embedding.vectors)}
     if now != {key: getattr(opened.settings, key) for key in now}:
         raise TuningError(f"study {opened.name} was begun with another bundle or other word vectors than these")

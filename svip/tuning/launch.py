@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
@@ -61,16 +62,14 @@ def run_workers(study: Study, arguments: Sequence[str], workers: int, address: s
 
 
 def share_of(number: int, workers: int) -> Mapping[str, str]:
-    """Environment of one of several workers: its share of the processors, and one GPU where there are several."""
+    """Environment of one of several workers: its share of the processors and of the GPUs."""
     environment = {"TQDM_MININTERVAL": "10", "PYTHONUNBUFFERED": "1"}
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
-    import torch
-
-    count = torch.cuda.device_count()
-    if count > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % count]
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and workers > 1:
+        visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number::workers]) or visible[number % gpus]
     return environment
 
 
@@ -81,7 +80,9 @@ def show_new(study: Study, told: set[int], bar: tqdm[object]) -> None:
         if trial.state.is_finished() and trial.number not in told and "discarded" not in trial.user_attrs:
             told.add(trial.number)
             bar.write(describe(trial, trials), file=sys.stderr)
-    bar.update(sum(trial.state in ENDED_WELL for trial in trials) - bar.n)
+    ended = sum(trial.state in ENDED_WELL for trial in trials)
+    if ended != bar.n:
+        bar.update(ended - bar.n)
 
 
 def describe(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> str:

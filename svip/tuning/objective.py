@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from svip.config import Config, ConfigError
 from svip.data.bundle import TRAINVAL, Bundle, read_bundle
-from svip.training import checkpoint
+from svip.training import checkpoint, distributed
 from svip.training.loop import Phase, run_phase
 
 OBJECTIVE = "val/H"
@@ -63,11 +63,16 @@ def select(
 ) -> list[dict[str, Any]]:
     """Train on the train images alone, validating after each epoch; the epochs' metrics.
 
-    What ``folder`` holds of an earlier attempt is gone on with. Raises as ``svip.training.loop.run_phase``.
+    What ``folder`` holds of an earlier attempt is gone on with. Raises as ``svip.training.loop.run_phase``. Processes
+    that train together all call it.
     """
     assert config.train.select
-    checkpoint.check_resumable(folder, config)
-    checkpoint.write_config(folder, config)
+
+    def begin() -> None:
+        checkpoint.check_resumable(folder, config)
+        checkpoint.write_config(folder, config)
+
+    distributed.on_main(begin)
     phase = Phase("select", ("train",), ("train",), config.optim.epochs)
     data = ValidationBundle.of(bundle)
     _, progress = run_phase(phase, config, data, words, folder, lambda metrics, epoch, _: report(metrics, epoch))

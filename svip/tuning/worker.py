@@ -22,10 +22,12 @@ from optuna.trial import FrozenTrial, TrialState
 from svip import tracking
 from svip.config import flatten, load_config
 from svip.data.bundle import Bundle
-from svip.tuning.objective import OBJECTIVE, best_of, finish_folder, select
+from svip.training import distributed
+from svip.tuning.objective import OBJECTIVE, best_of, finish_folder
 from svip.tuning.space import Space, assignments, suggest
 from svip.tuning.storage import TuningError
 from svip.tuning.study import DEATHS, Study
+from svip.tuning.team import SHARED, dismiss, follow, lead, wait
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,14 @@ class Worker:
 
         Raises TuningError after too many trials with errors, and Stopped, with everything told, on SIGTERM or SIGINT.
         """
+        if not distributed.is_main():
+            follow(self.base, self.bundle, self.words)
+            return 0
+        ended = self._lead()
+        dismiss()
+        return ended
+
+    def _lead(self) -> int:
         ended = 0
         with Stop() as stop, tracking.runs_of_their_own():
             while True:
@@ -108,6 +118,7 @@ class Worker:
                     return ended
                 errors = self.study.errors()
                 if len(errors) >= self.max_errors:
+                    dismiss()
                     last = errors[-1]
                     raise TuningError(
                         f"{len(errors)} trials failed, the last one (trial {last.number}, "
@@ -118,6 +129,7 @@ class Worker:
                     pass
                 trial = self.study.take()
                 if trial is None:
+                    wait()
                     with stop.possible():
                         time.sleep(POLL)
                     continue
@@ -140,10 +152,15 @@ class Worker:
             log.info("trial %d: stopped (%s); it will be gone on with", trial.number, type(error).__name__)
             raise
         except Exception as error:
+            if distributed.world() > 1 and distributed.caused_by_a_peer(error):
+                self.study.fail(frozen)
+                raise
             self.study.fail(frozen, f"{type(error).__name__}: {error}")
             finish_folder(self._folder(trial.number), [])
             log.warning("trial %d failed: %s: %s", trial.number, type(error).__name__, error)
             log.debug("this was it:", exc_info=True)
+            if distributed.world() > 1 and not isinstance(error, SHARED):
+                raise  # the other processes may be elsewhere
             return False
         value = best_of(history)[OBJECTIVE] if state is TrialState.COMPLETE else None
         study.tell(trial, value, state, skip_if_finished=True)
@@ -190,7 +207,7 @@ class Worker:
 
             try:
                 with stop.possible():
-                    history = select(config, self.bundle, self.words, folder, report)
+                    history = lead(config, assignments(values), self.bundle, self.words, folder, report)
                 for entry in history:  # what was trained, but not told, when an earlier worker died
                     if entry["epoch"] not in known:
                         report({key: value for key, value in entry.items() if "/" in key}, entry["epoch"])

@@ -281,3 +281,23 @@ def test_a_signal_waits_until_nothing_is_halfway() -> None:
     assert done == ["told"]
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_processes_that_train_a_trial_together_agree_on_it_and_go_on_after_one_that_diverged(
+    inputs: tuple[str, str, str], tmp_path: Path
+) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("optim.head_lr: {choices: [1.0e-3, 1.0e-2, 1.0e+35]}")
+    found = {}
+    for processes in (1, 2):
+        arguments = plan((*inputs[:2], str(space)), tmp_path / str(processes), 4, "optim.warmup=0", "optim.epochs=2")
+        assert steps.tune_worker(*arguments, processes=processes) == 4
+        found[processes] = trials_of(tmp_path / str(processes))
+    alone, together = found.values()
+    assert [trial.state for trial in together] == [trial.state for trial in alone]
+    assert TrialState.FAIL in {trial.state for trial in together}, "else nothing has diverged"
+    for one, two in zip(alone, together, strict=True):
+        assert two.params == one.params
+        assert two.intermediate_values == pytest.approx(one.intermediate_values)
+        assert ("error" in two.user_attrs) == ("error" in one.user_attrs)

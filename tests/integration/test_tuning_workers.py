@@ -42,7 +42,7 @@ import json, logging, math, sys, time
 logging.basicConfig(level=logging.DEBUG)
 from svip import steps
 from svip.training.loop import NonFiniteLoss
-from svip.tuning import worker
+from svip.tuning import team
 
 def select(config, bundle, words, folder, report):
     state = folder / "state.json"
@@ -61,7 +61,7 @@ def select(config, bundle, words, folder, report):
         report(metrics, epoch)
     return history
 
-worker.select = select
+team.select = select
 print(steps.tune_worker(*sys.argv[1:4], max_errors=100))
 """
 
