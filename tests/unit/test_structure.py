@@ -14,7 +14,7 @@ OURS = ("svip", "components", "pipelines")
 LAYERS = (
     {"svip", "svip.config"},
     {"svip.data", "svip.semantics", "svip.models", "svip.losses", "svip.tracking"},
-    {"svip.training", "svip.evaluation", "svip.sweep"},
+    {"svip.training", "svip.evaluation", "svip.sweep", "svip.trainjob"},
     {"svip.steps", "svip.predict", "svip.tuning", "svip.benchmark", "svip.mlflow_model", "svip.doctor"},
     {"svip.cli"},
 )
@@ -74,6 +74,7 @@ def test_no_module_imports_itself_through_others() -> None:
         ("optuna", {"svip.tuning"}),
         ("typer", {"svip.cli", "pipelines.cli", "pipelines.cluster_cli"}),
         ("components", {"components", "pipelines"}),
+        ("kubeflow", {"svip.trainjob"}),
         ("pipelines", {"pipelines"}),
     ],
 )
@@ -102,7 +103,7 @@ def test_files_stay_short_enough_to_be_read() -> None:
     lines = {path: _lines(path) for package in OURS for path in (ROOT / package).rglob("*.py")}
     assert not {path.name: count for path, count in lines.items() if count > 400}
     svip = sum(count for path, count in lines.items() if path.is_relative_to(ROOT / "svip"))
-    assert svip <= 10200
+    assert svip <= 12000
     assert sum(lines.values()) - svip <= 1700
 
 
