@@ -30,14 +30,20 @@ def run_command(
     ] = None,
     variants: Annotated[str, typer.Option(help="Of ablation: all, or names with commas.")] = "",
     seeds: Annotated[int, typer.Option(help="Of ablation: seeds of each variant.")] = 0,
+    space: Annotated[str, typer.Option(help="Of tuning: search space, a shipped one or a YAML file.")] = "",
+    trials: Annotated[int, typer.Option(help="Of tuning: trials that are to end well.")] = 0,
+    workers: Annotated[int, typer.Option(help="Of tuning: workers at a time.")] = 0,
     runner: Annotated[
         str, typer.Option(help="subprocess: each step in a process. docker: each in a container (docs/docker.md).")
     ] = "subprocess",
 ) -> None:
     """Run a pipeline on this machine."""
-    parameters = {"variants": variants.split(",")} if variants else {}
+    given = {"variants": variants.split(","), "seeds": seeds, "trials": trials, "workers": workers}
+    parameters = {option: value for option, value in given.items() if value not in (0, [""])}
+    if space:  # a file's path has to be found from wherever a step runs
+        parameters["space"] = str(Path(space).resolve()) if space.endswith((".yaml", ".yml")) else space
     out = out or Path("runs") / name
-    run(name, preset, overrides or [], out, runner, **parameters, **({"seeds": seeds} if seeds else {}))
+    run(name, preset, overrides or [], out, runner, **parameters)
     show_results(name, out)
 
 
@@ -50,7 +56,8 @@ def show_results(name: str, out: Path) -> None:
         print_table(out / "ablation.html")
     else:
         print_metrics(json.loads((out / "metrics.json").read_text()))
-        for label, path in {"Report": "report.html", "Numbers": "metrics.json", "Checkpoint": "checkpoint"}.items():
+        shown = {"Report": "report.html", "Numbers": "metrics.json", "Checkpoint": "checkpoint"}
+        for label, path in {**shown, **({"Tuning": "tuning.html"} if name == "tuning" else {})}.items():
             print(f"{label + ':':<12}{out / path}")
     uri = shown_uri()
     print(f"{'MLflow:':<12}{f'mlflow ui --backend-store-uri {shlex.quote(uri)}' if uri.startswith('sqlite') else uri}")

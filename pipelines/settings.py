@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 TRAINING_STEPS = ("train", "tune")
 """Steps that read how to train from the environment."""
+WORK_STEPS = (*TRAINING_STEPS, "plan_tuning", "tuning_report")
+"""Steps that find each other's files in ``training.work``."""
 CPU = r"\d+(\.\d+)?m?"
 MEMORY = r"\d+([KMGTPE]i?)?"
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
@@ -87,20 +89,19 @@ class Cluster:
 
     def environment(self, name: str) -> dict[str, str]:
         """Variables of a component's pod, those that ``training`` comes to among them."""
-        plain = {key: value for key, value in self.step(name).env.items() if value is not None}
-        if name not in TRAINING_STEPS:
-            return plain
-        step = self.step(name)
-        ours = {
-            "SVIP_NODES": str(self.training.nodes),
-            "SVIP_PROCESSES": str(self.training.processes or step.gpus or 1),
-            "SVIP_GPU_TYPE": step.gpu_type,
-            "SVIP_IMAGE": self.image or components.IMAGE,
-            "SVIP_TRAINING_RUNTIME": self.training.runtime,
-            "SVIP_NAMESPACE": self.namespace,
-            **({"SVIP_WORK": self.training.work} if self.training.work else {}),
-        }
-        return {**ours, **plain}
+        step, ours = self.step(name), {}
+        if name in WORK_STEPS and self.training.work:
+            ours["SVIP_WORK"] = self.training.work
+        if name in TRAINING_STEPS:
+            ours |= {
+                "SVIP_NODES": str(self.training.nodes),
+                "SVIP_PROCESSES": str(self.training.processes or step.gpus or 1),
+                "SVIP_GPU_TYPE": step.gpu_type,
+                "SVIP_IMAGE": self.image or components.IMAGE,
+                "SVIP_TRAINING_RUNTIME": self.training.runtime,
+                "SVIP_NAMESPACE": self.namespace,
+            }
+        return {**ours, **{key: value for key, value in step.env.items() if value is not None}}
 
 
 def load_cluster(path: Path) -> Cluster:
@@ -119,7 +120,7 @@ def load_cluster(path: Path) -> Cluster:
         steps = loaded.get("steps") or {}
         if not isinstance(steps, Mapping):
             raise SettingsError(f"steps: expected a mapping, found {type(steps).__name__}")
-        _refuse_strangers(steps, ["default", *sorted({*step_names(), *TRAINING_STEPS})], "steps.")
+        _refuse_strangers(steps, ["default", *step_names()], "steps.")
         for name, step in steps.items():
             _refuse_unknown(step, Step, f"steps.{name}.")
         given = {key: value for key, value in loaded.items() if value is not None or key == "service_account"}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from svip.steps.runs import close_run, data_settings, open_run
     from svip.steps.sweeps import ablate, ablate_table, plan_ablation, sensitivity
     from svip.steps.training import train
+    from svip.steps.tuning import plan_tuning, tune, tune_worker, tuning_dashboard, tuning_report
 
 MODULES = {
     "runs": ("open_run", "data_settings", "close_run"),
@@ -22,6 +23,7 @@ MODULES = {
     "training": ("train",),
     "model": ("import_checkpoint", "evaluate", "report", "figures", "predict"),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
+    "tuning": ("tune", "plan_tuning", "tune_worker", "tuning_report", "tuning_dashboard"),
 }
 """Module -> its steps."""
 __all__ = [
@@ -35,12 +37,17 @@ __all__ = [
     "import_checkpoint",
     "open_run",
     "plan_ablation",
+    "plan_tuning",
     "predict",
     "prepare_data",
     "push_bundle",
     "report",
     "sensitivity",
     "train",
+    "tune",
+    "tune_worker",
+    "tuning_dashboard",
+    "tuning_report",
 ]
 
 

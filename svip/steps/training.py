@@ -12,9 +12,7 @@ from typing import Any
 from svip import sweep, tracking
 from svip.config import Config, flatten, load_config, variant
 from svip.data import s3
-from svip.data.bundle import Bundle
-from svip.data.bundle_cache import open_bundle
-from svip.semantics.vectors import Embedding, open_embedding
+from svip.steps.inputs import open_inputs
 from svip.steps.runs import experiment_of, named
 from svip.training import distributed
 from svip.training.checkpoint import CheckpointError, read_info
@@ -115,8 +113,7 @@ def _train(
     log_model: bool,
 ) -> None:
     """Train in this process, which may be one of several: rank 0 is the one that tracks, and that writes."""
-    data, embedding = open_bundle(bundle), open_embedding(vectors)
-    _check_inputs(config, preset, bundle, data, vectors, embedding)
+    data, embedding = open_inputs(config, preset, bundle, vectors)
     directory = place.folder
     record = directory / "run_id"
 
@@ -160,16 +157,3 @@ def _train(
         distributed.on_main(begin)
         train_model(config, data, embedding.vectors, directory, report_epoch, place.save)
         distributed.on_main(finish)
-
-
-def _check_inputs(config: Config, preset: str, bundle: str, data: Bundle, vectors: str, embedding: Embedding) -> None:
-    """ValueError where bundle, vectors and configuration are not of one kind."""
-    made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
-    for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
-        if getattr(config.data, name) != made_with[name]:
-            raise ValueError(
-                f"data.{name}={getattr(config.data, name)} (preset {preset}), but the bundle {bundle} has "
-                f"{made_with[name]}; use the preset that it was made with, or override data.{name}={made_with[name]}"
-            )
-    if embedding.names != data.attribute_names:
-        raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")

@@ -87,7 +87,7 @@ def joined() -> Iterator[None]:
         raise
     except BaseException as error:
         # nothing is torn down: that would wait for processes which may be gone, and this one is about to end
-        if _caused_by_a_peer(error):
+        if caused_by_a_peer(error):
             message = "another process of this training has ended, or its machine can't be reached"
             raise PeerFailed(message) from error
         if not _first_to_fail(store):
@@ -98,7 +98,7 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _caused_by_a_peer(error: BaseException) -> bool:
+def caused_by_a_peer(error: BaseException) -> bool:
     """Whether the error is that of a broken connection between the processes."""
     # gloo raises RuntimeError, and names its source file
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))

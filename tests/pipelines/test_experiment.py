@@ -125,12 +125,14 @@ def test_artifacts_are_typed(compiled: dict[str, Any]) -> None:
 
 def test_every_component_has_a_readme_with_its_inputs_and_outputs() -> None:
     folders = [path.parent for path in (Path(__file__).parents[2] / "components").glob("*/component.py")]
-    assert {folder.name.replace("_", "-") for folder in folders} == {*STEPS, "plan-ablation", "ablate-table"}
+    others = {"plan-ablation", "ablate-table", "plan-tuning", "tune", "tuning-report"}
+    assert {folder.name.replace("_", "-") for folder in folders} == {*STEPS, *others}
+    part_of = {"ablate_table": "ablate", "plan_tuning": "tune", "tuning_report": "tune"}
     for folder in folders:
         readme = (folder / "README.md").read_text()
         step = folder.name
         in_python = ("open_run", "close_run", "data_settings", "plan_ablation")
-        command = "ablate" if step == "ablate_table" else step.replace("_", "-")
+        command = part_of.get(step, step.replace("_", "-"))
         called = f"steps.{step}(" if step in in_python else f"\nsvip {command} "
         for part in ("## Inputs", "## Outputs", called):
             assert part in readme, f"{folder.name}/README.md has no {part!r}"

@@ -124,6 +124,16 @@ def test_the_shipped_file_is_what_the_manifests_have(compiled: Compiled) -> None
     assert "emptyDirMounts" not in executors_of(platform)["exec-prepare-data"]
 
 
+def test_the_steps_of_tuning_share_the_study_and_its_folder_and_train_as_training_does(compiled: Compiled) -> None:
+    spec, platform = compiled(name="tuning")
+    pods = executors_of(platform)
+    for step in ("plan-tuning", "tune", "tuning-report"):
+        assert pods[f"exec-{step}"]["secretAsEnv"][-1]["secretName"] == "svip-tuning"
+        assert {"name": "SVIP_WORK", "value": "/work/training"} in container(spec, step)["env"]
+    assert container(spec, "tune")["resources"] == container(spec, "train")["resources"]
+    assert "SVIP_NODES" not in {entry["name"] for entry in container(spec, "plan-tuning")["env"]}
+
+
 def test_secrets_appear_by_name_only(compiled: Compiled) -> None:
     spec, platform = compiled()
     assert "AWS_SECRET" not in json.dumps(spec)
@@ -235,7 +245,7 @@ def test_every_field_is_explained_in_the_shipped_file() -> None:
     for node in (settings.Cluster, settings.Training, settings.Step):
         for field in fields(node):
             assert f"\n{field.name}:" in text or f" {field.name}:" in text, f"{field.name} is not in infra/cluster.yaml"
-    assert set(yaml.safe_load(text)["steps"]) - {"default", "tune"} <= set(step_names())
+    assert set(yaml.safe_load(text)["steps"]) - {"default"} <= set(step_names())
 
 
 def test_an_image_without_a_tag_of_its_own_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -104,7 +104,7 @@ def test_files_stay_short_enough_to_be_read() -> None:
     assert not {path.name: count for path, count in lines.items() if count > 400}
     svip = sum(count for path, count in lines.items() if path.is_relative_to(ROOT / "svip"))
     assert svip <= 14500
-    assert sum(lines.values()) - svip <= 2600
+    assert sum(lines.values()) - svip <= 2800
 
 
 def _lines(path: Path) -> int:
