@@ -1,4 +1,4 @@
-"""``svip pipeline ...``: compile a pipeline, or run it on this machine."""
+"""``svip pipeline run``: a pipeline on this machine; the commands for a cluster are in cluster_cli."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Annotated
 
 import typer
 
-from pipelines.catalog import PIPELINES, find_pipeline
+from pipelines import cluster_cli
+from pipelines.catalog import PIPELINES
 from pipelines.local import run
 from svip.cli.shared import Overrides, Preset, example, print_metrics, print_table
 from svip.tracking import shown_uri
 
 Name = Annotated[str, typer.Argument(help=f"Which pipeline: {', '.join(PIPELINES)}.", show_default=False)]
 
-app = typer.Typer(help="Compile pipelines and run them.", no_args_is_help=True)
+app = typer.Typer(help="Run pipelines, here or on a Kubeflow Pipelines server.", no_args_is_help=True)
 
 
 @app.command("run", epilog=example("svip pipeline run experiment --preset smoke --out runs/demo"))
@@ -46,19 +47,7 @@ def run_command(
     show_results(name, out)
 
 
-@app.command("compile", epilog=example("svip pipeline compile experiment --out experiment.yaml"))
-def compile_command(
-    name: Name, out: Annotated[Path, typer.Option("--out", "-o", help="The YAML file to write.")]
-) -> None:
-    """Write a pipeline as the YAML file that any Kubeflow Pipelines 2 server takes."""
-    from kfp.compiler import Compiler
-
-    pipeline = find_pipeline(name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.stem}.part.yaml")  # the compiler looks at the suffix
-    Compiler().compile(pipeline, str(part))
-    part.replace(out)
-    print(out)
+app.add_typer(cluster_cli.app)  # without a name: its commands stand beside `run`
 
 
 def show_results(name: str, out: Path) -> None:

@@ -5,6 +5,7 @@ from typing import List
 from kfp import dsl
 
 from components.close_run.component import close_run
+from components.data_settings.component import data_settings
 from components.embed_attributes.component import embed_attributes
 from components.evaluate.component import evaluate
 from components.open_run.component import open_run
@@ -23,14 +24,18 @@ def tuning(
     space: str = "",
     trials: int = 10,
     workers: int = 2,
+    continues: str = "",
 ):
-    """``preset`` and ``overrides`` as in ``svip.config.load_config``; ``space``: empty is the preset's, else paper."""
+    """As ``experiment``, with the best of ``trials`` in ``space`` (empty: the preset's, else paper)."""
     job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
     closing = close_run(pipeline="tuning", job=job).set_caching_options(False)
     with dsl.ExitHandler(closing, name="steps"):
-        run = open_run(pipeline="tuning", job=job, preset=preset, overrides=overrides).set_caching_options(False)
-        bundle = prepare_data(preset=preset, overrides=overrides).after(run).outputs["bundle"]
-        vectors = embed_attributes(bundle=bundle, preset=preset, overrides=overrides).outputs["vectors"]
+        run = open_run(pipeline="tuning", job=job, preset=preset, overrides=overrides, continues=continues)
+        run.set_caching_options(False)
+        settings = data_settings(preset=preset, overrides=overrides).set_caching_options(False).after(run)
+        data = {"preset": "smoke", "overrides": settings.output}  # as in experiment
+        bundle = prepare_data(**data).outputs["bundle"]
+        vectors = embed_attributes(bundle=bundle, **data).outputs["vectors"]
         plan = plan_tuning(
             bundle=bundle,
             vectors=vectors,

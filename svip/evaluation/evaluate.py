@@ -23,10 +23,10 @@ from svip.evaluation import eszsl
 from svip.evaluation.calibration import SeenUnseenCurve
 from svip.evaluation.inference import Predictions, choose_device, deciding, distinctions, frozen_features, predict
 from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
-from svip.evaluation.report import Example, write_report
+from svip.evaluation.report import Example, markdown_table, write_report
 from svip.models.svip import SVIP
 from svip.training import distributed
-from svip.training.checkpoint import CheckpointError, load_model, write_atomically, write_json
+from svip.training.checkpoint import CheckpointError, load_model, write_atomically, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[st
         _write_csv(out / "per_class.csv", _per_class(bundle, scores, test.labels, unseen, info["gamma"] or 0.0))
         _write_csv(out / "curve.csv", points)
         write_atomically(out / "predictions.npz", save)
+        write_text(out / "results.md", markdown_table(metrics))
         write_json(out / "metrics.json", metrics)
         return metrics
 

@@ -86,9 +86,10 @@ def embed_attributes(
 
 
 def write_embedding(embedding: Embedding, out: Path | str) -> None:
-    """Write vectors.npy, attributes.txt and report.json to the folder ``out``, which appears whole or not at all.
+    """Write vectors.npy, attributes.txt and the report (.json, .md) to the folder ``out``.
 
-    The same attributes' vectors by the same file and pooling are replaced; VectorsError when something else is there.
+    It appears whole or not at all. The same attributes' vectors by the same file and pooling are replaced; VectorsError
+    when something else is there.
     """
     out = Path(out).resolve()
     occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
@@ -103,6 +104,7 @@ def write_embedding(embedding: Embedding, out: Path | str) -> None:
         np.save(temporary / "vectors.npy", embedding.vectors, allow_pickle=False)
         (temporary / "attributes.txt").write_text("\n".join(embedding.names) + "\n", encoding="utf-8")
         (temporary / "report.json").write_text(json.dumps(embedding.report, indent=2) + "\n", encoding="utf-8")
+        (temporary / "report.md").write_text(_markdown(embedding), encoding="utf-8")
         if out.exists():
             os.replace(out, old)
         os.replace(temporary, out)
@@ -178,3 +180,22 @@ def _suggestions(word: str, common: dict[str, int]) -> list[str]:
     # difflib is slow: offer it only words that begin alike and are about as long
     near = [other for other in common if other[:1] == word[:1] and abs(len(other) - len(word)) <= 3]
     return [text for _, text in sorted(glued)[:1]] + difflib.get_close_matches(word, near, n=2, cutoff=0.7)
+
+
+def _markdown(embedding: Embedding) -> str:
+    """The report for people: what was looked up, and what was not found."""
+    report, (count, size) = embedding.report, embedding.vectors.shape
+    lines = [
+        f"# {count} attribute vectors of size {size}",
+        "",
+        f"From `{report['vectors_file']}`; an attribute's vector is the {report['pooling']} of those of its words.",
+        "",
+    ]
+    if missing := report["missing_words"]:
+        lines += ["| word without a vector | words like it that have one |", "|---|---|"]
+        lines += [f"| {word} | {', '.join(near)} |" for word, near in missing.items()]
+    else:
+        lines.append("Every word has a vector.")
+    if zero := report["zero_attributes"]:
+        lines += ["", f"No word of these attributes has one, so that their vectors are zero: {', '.join(zero)}."]
+    return "\n".join(lines) + "\n"

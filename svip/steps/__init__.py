@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svip.steps.data import embed_attributes, prepare_data, push_bundle
     from svip.steps.model import evaluate, figures, import_checkpoint, predict, report
-    from svip.steps.runs import close_run, open_run
+    from svip.steps.runs import close_run, data_settings, open_run
     from svip.steps.sweeps import ablate, ablate_table, plan_ablation, sensitivity
     from svip.steps.training import train
     from svip.steps.tuning import plan_tuning, tune, tune_worker, tuning_dashboard, tuning_report
 
 MODULES = {
-    "runs": ("open_run", "close_run"),
+    "runs": ("open_run", "data_settings", "close_run"),
     "data": ("prepare_data", "push_bundle", "embed_attributes"),
     "training": ("train",),
     "model": ("import_checkpoint", "evaluate", "report", "figures", "predict"),
@@ -30,6 +30,7 @@ __all__ = [
     "ablate",
     "ablate_table",
     "close_run",
+    "data_settings",
     "embed_attributes",
     "evaluate",
     "figures",

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from svip import tracking
 from svip.config import Config, flatten, load_config, variant
 
 
-def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
-    """Check the configuration, start the MLflow run that all steps belong to, and return its id."""
+def open_run(pipeline: str, preset: str, overrides: Sequence[str] = (), continues: str = "") -> str:
+    """Check the configuration, start the MLflow run that all steps belong to, and return its id.
+
+    ``continues``: the pipeline whose run is opened again instead, if it got as far as having one.
+    """
     config = load_config(preset, overrides)
-    return tracking.open_run(pipeline, experiment_of(config), flatten(config), {"preset": preset})
+    return tracking.open_run(pipeline, experiment_of(config), flatten(config), {"preset": preset}, continues)
+
+
+def data_settings(preset: str, overrides: Sequence[str] = ()) -> list[str]:
+    """All of ``data.*`` and ``semantics.*`` as overrides: on nothing else do the bundle and the vectors depend."""
+    values = flatten(load_config(preset, overrides))
+    return [f"{key}={json.dumps(values[key])}" for key in values if key.startswith(("data.", "semantics."))]
 
 
 def close_run(run_id: str, status: str) -> None:

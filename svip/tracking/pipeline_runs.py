@@ -32,9 +32,22 @@ STATUSES = {
 
 
 @reaching_the_store()
-def open_run(pipeline: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str:
-    """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run."""
+def open_run(
+    pipeline: str,
+    experiment: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+    continues: str = "",
+) -> str:
+    """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run.
+
+    Where the pipeline ``continues`` one that has a run, that run is opened again, under the new name.
+    """
     client = client_of(tracking_uri())
+    for run_id in _runs_of(client, continues)[:1] if continues else []:
+        client.update_run(run_id, status="RUNNING", name=pipeline)
+        client.set_tag(run_id, PIPELINE_TAG, pipeline)
+        return run_id
     run = client.create_run(
         experiment_id(client, experiment), tags={**with_code_tags(tags), PIPELINE_TAG: pipeline}, run_name=pipeline
     )
@@ -56,11 +69,11 @@ def close_run(run: str, status: str) -> None:
     is_id = len(run) == 32 and set(run) <= set("0123456789abcdef")
     if is_id and not run_exists(client, run):
         raise TrackingError(f"run {run}: {shown_uri()} has no such run")
-    for run_id in [run] if is_id else _open_runs(client, run):
+    for run_id in [run] if is_id else _runs_of(client, run, "and attributes.status = 'RUNNING'"):
         client.set_terminated(run_id, STATUSES[status])
 
 
-def _open_runs(client: MlflowClient, pipeline: str) -> list[str]:
+def _runs_of(client: MlflowClient, pipeline: str, condition: str = "") -> list[str]:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = f"tags.{PIPELINE_TAG} = '{pipeline}' and attributes.status = 'RUNNING'"
+    query = f"tags.{PIPELINE_TAG} = '{pipeline}' {condition}"
     return [run.info.run_id for run in client.search_runs(experiments, query)]

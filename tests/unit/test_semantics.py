@@ -148,8 +148,20 @@ def test_what_is_written_is_read_back(glove: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a" / "out").iterdir()) == [
         "attributes.txt",
         "report.json",
+        "report.md",
         "vectors.npy",
     ]
+
+
+def test_the_written_report_lists_words_without_a_vector_and_what_is_like_them(glove: Path, tmp_path: Path) -> None:
+    names = ["red", "has_wings"]
+    write_embedding(embed_attributes([["red"], ["wings"]], names, glove, allow_missing=True), tmp_path / "some")
+    text = (tmp_path / "some" / "report.md").read_text()
+    assert text.startswith("# 2 attribute vectors of size 3\n")
+    assert "| wings | wing |\n" in text
+    assert "No word of these attributes has one, so that their vectors are zero: has_wings." in text
+    write_embedding(embed_attributes([["red"]], ["red"], glove), tmp_path / "all")
+    assert "Every word has a vector." in (tmp_path / "all" / "report.md").read_text()
 
 
 def test_other_folders_are_not_overwritten(glove: Path, tmp_path: Path) -> None:
