@@ -36,7 +36,7 @@ def run_workers(study: Study, arguments: Sequence[str], workers: int, address: s
     processes: list[subprocess.Popen[bytes]] = []
     told = {trial.number for trial in study.all_trials() if trial.state.is_finished()}
     try:
-        with _sigterm_interrupts(), tqdm(total=study.trials, desc="trials", unit="trial") as bar:
+        with _signals_interrupt(), tqdm(total=study.trials, desc="trials", unit="trial") as bar:
             for number in range(workers):
                 environment = {**os.environ, **share_of(number, workers), STORAGE: address}
                 with (logs / f"worker-{number}.log").open("ab") as file:
@@ -115,14 +115,18 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Within it SIGTERM is as Ctrl-C."""
+def _signals_interrupt() -> Iterator[None]:
+    """Within it SIGTERM, and the SIGHUP of a terminal that is closed, are as Ctrl-C."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

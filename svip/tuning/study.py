@@ -83,7 +83,7 @@ class Study:
         """Optuna's study; anew for each trial, as one keeps what it has once read."""
         several = any(row["when"] for row in self.settings.space)
         sampler = build_sampler(self.settings.sampler, self.settings.seed * 1_000_003 + seed, several)
-        pruner = build_pruner(self.settings.pruner)
+        pruner = build_pruner(self.settings.pruner, self.settings.config["optim.head_epochs"])
         return optuna.load_study(study_name=self.name, storage=self.storage, sampler=sampler, pruner=pruner)
 
     def set_run_id(self, run_id: str) -> None:
@@ -222,7 +222,12 @@ def build_sampler(name: str, seed: int, conditional: bool = False) -> BaseSample
         return TPESampler(seed=seed, multivariate=True, group=conditional, constant_liar=True)
 
 
-def build_pruner(name: str) -> BasePruner:
+def build_pruner(name: str, frozen: int = 0) -> BasePruner:
+    """A pruner that looks at epochs only after the ``frozen`` ones, in which the backbone does not learn, and one more.
+
+    median: below the median of the other trials at that epoch, once five have finished. halving: successive halving.
+    """
+    first = frozen + 2
     if name == "median":
-        return MedianPruner(n_startup_trials=5, n_warmup_steps=1)
-    return SuccessiveHalvingPruner() if name == "halving" else NopPruner()
+        return MedianPruner(n_startup_trials=5, n_warmup_steps=first)
+    return SuccessiveHalvingPruner(min_resource=first) if name == "halving" else NopPruner()
