@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
+import uuid
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import svip
+from svip.tracking.delivery import ID_TAG, handles
+from svip.tracking.outbox import Journal
 from svip.tracking.runs import Tracker
-from svip.tracking.store import tracking_uri
+from svip.tracking.store import is_away
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json", "classes.parquet")
 REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors", "pillow")
@@ -20,28 +31,52 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
     """Log a checkpoint as an MLflow model; its URI (``models:/...``), or "" without a run.
 
     ``mlflow models serve`` answers with it: see svip.mlflow_model for what goes in and comes out. The model carries
-    svip's code, the weights and the classes, and needs nothing of this checkout.
+    svip's code, the weights and the classes, and needs nothing of this checkout. Where the server doesn't answer it
+    is "" too: the model is logged when it does again, from the checkpoint, which has to stay where it is.
     """
     if tracker.client is None:
         return ""
+    key = uuid.uuid4().hex
+    if tracker.flush():
+        try:
+            return _log_model(tracker.client, tracker.run_id, checkpoint, name, key)
+        except Exception as error:
+            if not is_away(error):
+                raise
+    log.warning("the model is not in MLflow yet; it is logged from %s with what else is kept", checkpoint)
+    tracker.put("model", checkpoint=str(checkpoint.absolute()), name=name, key=key)
+    return ""
+
+
+@handles("model")
+def _send_model(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
+    _log_model(client, journal.run_id, Path(record["checkpoint"]), record["name"], record["key"])
+
+
+def _log_model(client: MlflowClient, run_id: str, checkpoint: Path, name: str, key: str) -> str:
+    """``key``: a second call with the same one goes on with the model of the first."""
     import mlflow
     import pandas as pd  # here, as every command imports this module and few log a model
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from PIL import Image
 
+    (checkpoint / CHECKPOINT_FILES[0]).stat()  # FileNotFoundError, where it was removed before it could be logged
     package = Path(svip.__file__).parent
-    mlflow.set_tracking_uri(tracking_uri())  # Model.log knows no other way
+    mlflow.set_tracking_uri(client.tracking_uri)  # Model.log knows no other way
     # Model.log would put it in MLflow's default experiment, not in the run's.
-    experiment = tracker.client.get_run(tracker.run_id).info.experiment_id
-    model = tracker.client.create_logged_model(experiment, name, source_run_id=tracker.run_id)
+    experiment = client.get_run(run_id).info.experiment_id
+    begun = client.search_logged_models([experiment], f"tags.{ID_TAG} = '{key}'")
+    model = begun[0] if begun else client.create_logged_model(experiment, name, run_id, tags={ID_TAG: key})
+    if model.status == "READY":
+        return str(model.model_uri)
     photo, path = io.BytesIO(), sys.path.copy()
     Image.new("RGB", (64, 64), "grey").save(photo, "png")
     info = Model.log(
         artifact_path=None,
         name=name,
         flavor=mlflow.pyfunc,
-        run_id=tracker.run_id,
+        run_id=run_id,
         model_id=model.model_id,
         python_model=str(package / "mlflow_model.py"),
         artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES},

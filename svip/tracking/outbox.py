@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from svip.tracking.store import TrackingError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 LOCAL = "local-"
@@ -48,7 +51,14 @@ class Record:
 
 
 def outbox_folder() -> Path:
-    return Path(os.environ.get("SVIP_OUTBOX") or ".svip-outbox").absolute()
+    """The outbox; where it can't be made, one in the temporary folder, as no run ends for it."""
+    folder = Path(os.environ.get("SVIP_OUTBOX") or ".svip-outbox").absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return folder
+    instead = Path(tempfile.gettempdir()) / f"svip-outbox-{os.getuid()}"
+    log.warning("%s can't be written to: what is on its way to MLflow is kept in %s; set SVIP_OUTBOX", folder, instead)
+    return instead
 
 
 def new_local_id() -> str:

@@ -37,7 +37,7 @@ class Tracker:
     """Writes to one run, and ends it when the ``with`` block does: FINISHED, FAILED on an error, KILLED when stopped.
 
     Nothing here waits for a server: what is logged goes to the outbox (svip.tracking.outbox), from which a thread sends
-    it. The end of the block waits for the rest, for 30 s at most (5 when stopped). Without a run (tracking is off, or
+    it. The end of the block waits for the rest, for 30 s at most (10 when stopped). Without a run (tracking is off, or
     this is not rank 0) every method does nothing and ``run_id`` is empty.
     """
 

@@ -14,9 +14,9 @@ from svip.tracking.store import (
     TrackingError,
     cant_be_used,
     client_of,
-    first_line,
     is_away,
     is_file,
+    reason,
     shown_uri,
     tracking_uri,
 )
@@ -27,7 +27,7 @@ OPENS = 10.0
 """Seconds in which a server has to answer when a run opens, else it opens without."""
 FLUSH = 30.0
 """Seconds that the end of a run waits for what is still to be sent."""
-SHORT_FLUSH = 5.0
+SHORT_FLUSH = 10.0
 """The same where the run was told to stop, or the server has been silent for SILENT seconds."""
 SILENT = 60.0
 TELLS_AFTER = 2.0
@@ -49,7 +49,7 @@ class Sender:
         self._news = True  # something was logged that the thread hasn't looked at
         self._idle = False  # all of it is with the server
         self._error: Exception | None = None  # of the last attempt
-        self._heard = float("-inf")  # when the server last took something
+        self._silent_since: float | None = None
         self._hurry = True  # somebody waits
         self._opened = False
         self._stopping = False
@@ -85,13 +85,15 @@ class Sender:
                 self._stop(discard=self._new)
                 raise error if isinstance(error, TrackingError) else cant_be_used(error) from None
             if self.journal.sent < end:
+                self._silent_since = float("-inf")
                 self._say_away(error or TimeoutError(f"no answer within {OPENS:.0f} s"))
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until everything is sent, for a bounded time; whether it is."""
         started = time.monotonic()
         if seconds is None:
-            seconds = FLUSH if started - self._heard < SILENT else SHORT_FLUSH
+            silent = self._silent_since is not None and started - self._silent_since > SILENT
+            seconds = SHORT_FLUSH if silent else FLUSH
         with self._changed:
             self._hurry = True
             self._changed.notify_all()
@@ -154,13 +156,15 @@ class Sender:
         with self._changed:
             if self._error and self._opened:
                 log.info("MLflow at %s answers again; it gets what was kept", shown_uri())
-            self._error, self._heard = None, time.monotonic()
+            self._error = self._silent_since = None
             self._idle = all_sent and not self._news
             self._changed.notify_all()
 
     def _failed(self, error: Exception) -> None:
         with self._changed:
             first, self._error = self._error is None, error
+            if self._silent_since is None:
+                self._silent_since = time.monotonic()
             self._changed.notify_all()
             if first and self._opened:  # else whoever opens the run says it
                 self._say_away(error)
@@ -168,8 +172,8 @@ class Sender:
             self.journal.sync()
 
     def _say_away(self, error: Exception) -> None:
-        said = first_line(error)
-        what = said if isinstance(error, Undelivered) else f"MLflow at {shown_uri()} does not answer ({said})"
+        away = f"MLflow at {shown_uri()} does not answer ({reason(error)})"
+        what = str(error) if isinstance(error, Undelivered) else away
         log.warning("%s; the run goes on, and what it logs is kept in %s until then", what, self.journal.path.parent)
 
     def _stop(self, discard: bool = False) -> None:

@@ -70,6 +70,13 @@ def first_line(error: BaseException) -> str:
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
+def reason(error: BaseException) -> str:
+    """Why no answer came: what the network said, without what was built around it."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return first_line(error)
+
+
 def is_away(error: Exception) -> bool:
     """Whether it says that no answer came, or that the server can't do its work now."""
     import requests
