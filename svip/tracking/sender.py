@@ -115,11 +115,11 @@ class Sender:
             if left:
                 said = str(self._error) if isinstance(self._error, Undelivered) else ""
                 what = said or f"MLflow at {shown_uri()} does not answer"
-                log.warning(
-                    "%s; %d records are kept in %s; `svip sync` sends them", what, left, self.journal.path.parent
-                )
-        if not left:
-            self._thread.join(SHORT_FLUSH)
+                records = "1 record is" if left == 1 else f"{left} records are"
+                where = self.journal.path.parent
+                log.warning("%s; %s kept in %s; `svip sync` sends them", what, records, where)
+            # The thread gives the journal free; but a request under way may take a minute to fail.
+            self._thread.join(TELLS_AFTER if left else SHORT_FLUSH)
 
     def _run(self) -> None:
         delivery: Delivery | None = None
