@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow_server import Proxy, Server
 from small_training import ATTRIBUTES, TINY, write_bundle
 
+from benchmarks.mlflowserver import Proxy, Server
 from svip import steps
 from svip.semantics.vectors import Embedding, write_embedding
 from svip.tracking import open_tracker, outbox, sender
@@ -33,10 +33,9 @@ ROLES = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.stop()
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        server.start()
+        yield server
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A real MLflow server, and a proxy before it that can be slow, silent or lossy."""
+"""A real MLflow server for tests and benchmarks, and a proxy before it that can be slow, silent or lossy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import requests
 
@@ -28,6 +30,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Start it, again too, and wait until it answers; TimeoutError with its log when it does not."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
@@ -47,7 +50,16 @@ class Server:
                 time.sleep(0.1)
         raise TimeoutError((self.folder / "server.log").read_text())
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
     def stop(self) -> None:
+        """Kill it, as a failing machine would."""
         if self._process is not None:
             os.killpg(self._process.pid, 9)
             self._process.wait()
