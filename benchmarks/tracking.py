@@ -1,8 +1,8 @@
 """What tracking costs a training on a slow server: ``python -m benchmarks.tracking``.
 
 A real MLflow server stands behind a proxy that makes each request 200 ms later. A loop that only waits takes the place
-of the training, so that the time spent in the tracker's calls is all that is added to it. MLflow's own client, called as
-directly as svip would without its outbox, does the same beside it.
+of the training, so that the time spent in the tracker's calls is all that is added to it. MLflow's own client, called
+directly, does the same beside it.
 """
 
 from __future__ import annotations

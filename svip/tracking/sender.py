@@ -82,12 +82,15 @@ class Sender:
             local = is_file(tracking_uri())
             self._changed.wait_for(lambda: self.journal.sent >= end or self._is_over(), None if local else OPENS)
             error, self._hurry, self._opened = self._error, False, True
-            if error and self._is_answer(error):
+            no = error if error and self._is_answer(error) else None
+            if no:
                 self._stop(discard=self._new)
-                raise error if isinstance(error, TrackingError) else cant_be_used(error) from None
-            if self.journal.sent < end:
+            elif self.journal.sent < end:
                 self._silent_since = float("-inf")
                 self._say_away(error or TimeoutError(f"no answer within {OPENS:.0f} s"))
+        if no:
+            self._thread.join(SHORT_FLUSH)  # until its journal is removed
+            raise no if isinstance(no, TrackingError) else cant_be_used(no) from None
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until everything is sent, for a bounded time; whether it is."""
