@@ -138,10 +138,11 @@ def test_a_server_gone_for_good_gets_the_training_by_sync(
     assert epochs and steps_of(server, run, "val/H") == epochs
     client = MlflowClient(server.uri)
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "history.json"}
-    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-    assert str(model.status) == "READY"
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert (model.source_run_id, model.status) == (run.info.run_id, "READY")
 
     assert steps.train(*arguments)["run_id"] == run.info.run_id  # the folder's run is the server's now
+    assert len(client.search_logged_models([run.info.experiment_id])) == 1
 
 
 def test_sync_that_is_killed_goes_on_where_it_was(server: Server, proxy: Proxy, tmp_path: Path) -> None:
