@@ -67,19 +67,21 @@ def _log_model(client: MlflowClient, run_id: str, checkpoint: Path, name: str) -
     package = Path(svip.__file__).parent
     mlflow.set_tracking_uri(client.tracking_uri)  # Model.log knows no other way
     # Model.log would put it in MLflow's default experiment, not in the run's.
-    experiment = client.get_run(run_id).info.experiment_id
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
     same = client.search_logged_models([experiment], f"tags.{WEIGHTS_TAG} = '{tag[WEIGHTS_TAG]}'")
     begun = [model for model in same if model.source_run_id == run_id]
     model = begun[0] if begun else client.create_logged_model(experiment, name, run_id, tag)
     if model.status == "READY":
         return str(model.model_uri)
+    linked = run.outputs is not None and model.model_id in {output.model_id for output in run.outputs.model_outputs}
     photo, path = io.BytesIO(), sys.path.copy()
     Image.new("RGB", (64, 64), "grey").save(photo, "png")
     info = Model.log(
         artifact_path=None,
         name=name,
         flavor=mlflow.pyfunc,
-        run_id=run_id,
+        run_id=None if linked else run_id,  # MLflow would link it again, and fail
         model_id=model.model_id,
         python_model=str(package / "mlflow_model.py"),
         artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES},
