@@ -1,14 +1,17 @@
 """What goes to MLflow. Nothing else in svip imports mlflow, save the model code that MLflow itself runs (mlflow_model).
 
 A pipeline is a parent run (open_run, close_run); every step, variant and trial is a child run (open_tracker). All of
-it goes through MlflowClient, so no run is ever "active" in the process.
+it goes through MlflowClient, so no run is ever "active" in the process, and by way of an outbox, so none waits for a
+server: Tracker (runs) -> Journal (outbox) -> Sender, or later sync -> Delivery.
 """
 
 from svip.tracking.lineage import git_sha
 from svip.tracking.models import log_checkpoint_model
+from svip.tracking.outbox import outbox_folder
 from svip.tracking.pipeline_runs import close_run, open_run
 from svip.tracking.runs import Tracker, log_to_run, open_tracker, runs_of_their_own
 from svip.tracking.store import TrackingError, shown_uri, tracking_uri
+from svip.tracking.sync import sync
 
 __all__ = [
     "Tracker",
@@ -19,7 +22,9 @@ __all__ = [
     "log_to_run",
     "open_run",
     "open_tracker",
+    "outbox_folder",
     "runs_of_their_own",
     "shown_uri",
+    "sync",
     "tracking_uri",
 ]

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import logging
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import svip
+from svip.tracking.delivery import handles
+from svip.tracking.outbox import Journal
 from svip.tracking.runs import Tracker
-from svip.tracking.store import tracking_uri
+from svip.tracking.store import first_line, is_away
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json", "classes.parquet")
+WEIGHTS_TAG = "weights_sha256"
 REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors", "pillow")
 """What svip needs to load and run a checkpoint (tqdm comes with timm); logged with the versions that are installed."""
 
@@ -20,28 +32,56 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
     """Log a checkpoint as an MLflow model; its URI (``models:/...``), or "" without a run.
 
     ``mlflow models serve`` answers with it: see svip.mlflow_model for what goes in and comes out. The model carries
-    svip's code, the weights and the classes, and needs nothing of this checkout.
+    svip's code, the weights and the classes, and needs nothing of this checkout. Where the server doesn't answer it
+    is "" too: the model is logged when it does again, from the checkpoint, which has to stay where it is.
     """
     if tracker.client is None:
         return ""
+    if tracker.flush():
+        try:
+            return _log_model(tracker.client, tracker.run_id, checkpoint, name)
+        except Exception as error:  # whatever it is, the checkpoint is there and its training a success
+            if not is_away(error):
+                log.warning("the model of run %s is not in MLflow: %s", tracker.run_id, first_line(error))
+                return ""
+    log.warning("the model of run %s is not in MLflow yet: it will be logged from %s", tracker.run_id, checkpoint)
+    tracker.put("model", checkpoint=str(checkpoint.absolute()), name=name)
+    return ""
+
+
+@handles("model")
+def _send_model(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
+    _log_model(client, journal.run_id, Path(record["checkpoint"]), record["name"])
+
+
+def _log_model(client: MlflowClient, run_id: str, checkpoint: Path, name: str) -> str:
+    """A run has the same weights once: a second call goes on with the model that the first one began."""
     import mlflow
     import pandas as pd  # here, as every command imports this module and few log a model
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from PIL import Image
 
+    with (checkpoint / "model.safetensors").open("rb") as file:  # FileNotFoundError, where it was removed meanwhile
+        tag = {WEIGHTS_TAG: hashlib.file_digest(file, "sha256").hexdigest()}
     package = Path(svip.__file__).parent
-    mlflow.set_tracking_uri(tracking_uri())  # Model.log knows no other way
+    mlflow.set_tracking_uri(client.tracking_uri)  # Model.log knows no other way
     # Model.log would put it in MLflow's default experiment, not in the run's.
-    experiment = tracker.client.get_run(tracker.run_id).info.experiment_id
-    model = tracker.client.create_logged_model(experiment, name, source_run_id=tracker.run_id)
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
+    same = client.search_logged_models([experiment], f"tags.{WEIGHTS_TAG} = '{tag[WEIGHTS_TAG]}'")
+    begun = [model for model in same if model.source_run_id == run_id]
+    model = begun[0] if begun else client.create_logged_model(experiment, name, run_id, tag)
+    if model.status == "READY":
+        return str(model.model_uri)
+    linked = run.outputs is not None and model.model_id in {output.model_id for output in run.outputs.model_outputs}
     photo, path = io.BytesIO(), sys.path.copy()
     Image.new("RGB", (64, 64), "grey").save(photo, "png")
     info = Model.log(
         artifact_path=None,
         name=name,
         flavor=mlflow.pyfunc,
-        run_id=tracker.run_id,
+        run_id=None if linked else run_id,  # MLflow would link it again, and fail
         model_id=model.model_id,
         python_model=str(package / "mlflow_model.py"),
         artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES},
