@@ -13,7 +13,7 @@ from svip.evaluation.intervals import Answers, Interval, bootstrap, bootstrap_h
 from svip.evaluation.metrics import zero_shot_metrics
 
 UNSEEN = np.array([1, 4])
-LABELS = np.repeat(np.arange(6), [30, 12, 7, 20, 25, 9])
+LABELS = np.repeat(np.arange(6), [90, 41, 23, 60, 77, 31])
 GAMMA = 0.4
 
 
@@ -28,7 +28,7 @@ def answers(seed: int, skill: float, gamma: float = GAMMA) -> Answers:
 
 def draw_by_image(replicates: int) -> np.ndarray:
     """Image numbers [replicates, n]: those of each class drawn from it."""
-    random = np.random.default_rng(1)
+    random = np.random.default_rng(7)
     images = [np.flatnonzero(label == LABELS) for label in range(6)]
     return np.stack([np.concatenate([random.choice(own, len(own)) for own in images]) for _ in range(replicates)])
 
@@ -52,7 +52,7 @@ def test_intervals_are_those_of_drawing_image_by_image_and_evaluating_each_draw(
     for name in ("T1", "U", "S", "H"):
         values = np.array([[pair[0][name], pair[1][name]] for pair in drawn])
         for found, draws in ((alone[name], values[:, 0]), (paired[name], values[:, 0] - values[:, 1])):
-            # 3000 draws know a 2.5 % quantile to about a twentieth of the spread, and S moves in steps of 2.4
+            # 3000 draws know a 2.5 % quantile to about a twentieth of the spread
             np.testing.assert_allclose(
                 [found.low, found.high], np.percentile(draws, [2.5, 97.5]), atol=0.2 * draws.std()
             )
