@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svip.steps.data import embed_attributes, prepare_data, push_bundle
     from svip.steps.model import evaluate, figures, import_checkpoint, predict, report, train
+    from svip.steps.registry import register
+    from svip.steps.reruns import rerun
     from svip.steps.runs import close_run, open_run
     from svip.steps.sweeps import ablate, ablate_table, plan_ablation, sensitivity
 
@@ -19,6 +21,8 @@ MODULES = {
     "runs": ("open_run", "close_run"),
     "data": ("prepare_data", "push_bundle", "embed_attributes"),
     "model": ("train", "import_checkpoint", "evaluate", "report", "figures", "predict"),
+    "reruns": ("rerun",),
+    "registry": ("register",),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
 }
 """Module -> its steps."""
@@ -35,7 +39,9 @@ __all__ = [
     "predict",
     "prepare_data",
     "push_bundle",
+    "register",
     "report",
+    "rerun",
     "sensitivity",
     "train",
 ]

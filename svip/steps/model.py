@@ -23,6 +23,7 @@ from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.predict import Predictor, write_overlays
 from svip.semantics.vectors import read_embedding, read_vectors
+from svip.steps.provenance import lineage_tags, record_lineage, used_data
 from svip.steps.runs import experiment_of, named
 from svip.training.checkpoint import CheckpointError, read_config, read_info, save_model, write_classes, write_json
 from svip.training.loop import check_resumable
@@ -64,7 +65,7 @@ def train(
         raise FileExistsError(f"{directory} is not empty; resume it (--resume), or train into another --out")
     check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
     record = directory / "run_id"
-    tags = {"preset": preset, "bundle_sha256": data.sha256, "step": "train", **named(config, run)}
+    tags = {"preset": preset, "step": "train", **lineage_tags(config, data, bundle), **named(config, run)}
     with tracking.open_tracker(
         experiment_of(config),
         f"train-{run or variant(config)}",
@@ -75,13 +76,15 @@ def train(
         directory.mkdir(parents=True, exist_ok=True)
         record.write_text(tracker.run_id)
         tracker.log_params(flatten(config))
+        record_lineage(tracker, config, data, bundle, vectors)
 
         def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
             # both phases have an epoch 1: the final one's losses get a name of their own
             own = "final_train/" if phase == "final" else "train/"
             tracker.log_metrics({name.replace("train/", own): value for name, value in metrics.items()}, epoch)
 
-        info = train_model(config, data, embedding.vectors, directory, report_epoch)
+        with tracking.system_metrics(tracker):
+            info = train_model(config, data, embedding.vectors, directory, report_epoch)
         logged = directory / "logged_run_id"  # a rerun adds no second model to the run
         if not logged.exists() or logged.read_text() != tracker.run_id:
             for name in ("config.yaml", "model.json", "history.json"):
@@ -140,10 +143,18 @@ def evaluate(
     """
     data = open_bundle(bundle)
     config = read_config(Path(checkpoint), overrides)
-    tags = {"bundle_sha256": data.sha256, "step": "evaluate", **named(config, run)}
+    trained_by = Path(checkpoint) / "run_id"
+    train_run_id = trained_by.read_text().strip() if trained_by.exists() else ""
+    tags = {
+        "step": "evaluate",
+        "train_run_id": train_run_id,
+        **lineage_tags(config, data, bundle),
+        **named(config, run),
+    }
     with tracking.open_tracker(
         experiment_of(config), f"evaluate-{run or variant(config)}", parent_run_id=parent_run_id or None, tags=tags
     ) as tracker:
+        record_lineage(tracker, config, data, bundle)
         metrics = evaluate_checkpoint(Path(checkpoint), data, Path(out), overrides)
         tracker.log_params(flatten(config))
         honest = metrics["protocols"].get("validation", metrics["protocols"].get("none", {}))
@@ -152,7 +163,7 @@ def evaluate(
         for method, results in methods.items():
             for protocol, values in results["protocols"].items():
                 numbers |= {f"test/{method}{protocol}/{name}": value for name, value in values.items()}
-        tracker.log_metrics(numbers)
+        tracking.log_results(tracker, numbers, train_run_id, used_data(data, bundle, "testing"))
         tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})
         tracker.log_artifact(Path(out))
         if parent_run_id and not run:

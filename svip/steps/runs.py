@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from svip import tracking
 from svip.config import Config, flatten, load_config, variant
 
+KFP_RUN_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+"""How a Kubeflow Pipelines server names a run; on one machine a pipeline's job has a plain number."""
+
 
 def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
     """Check the configuration, start the MLflow run that all steps belong to, and return its id."""
     config = load_config(preset, overrides)
-    return tracking.open_run(pipeline, experiment_of(config), flatten(config), {"preset": preset})
+    job = re.search(rf"-({KFP_RUN_ID})$", pipeline)
+    tags = {"preset": preset, tracking.KFP_RUN_TAG: job[1] if job else ""}
+    return tracking.open_run(pipeline, experiment_of(config), flatten(config), tags)
 
 
 def close_run(run_id: str, status: str) -> None:

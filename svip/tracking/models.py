@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
+import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import svip
+from svip.tracking.inputs import Data
 from svip.tracking.runs import Tracker
 from svip.tracking.store import tracking_uri
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json", "classes.parquet")
 REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors", "pillow")
@@ -55,3 +61,28 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
     )
     sys.path[:] = path  # MLflow has tried the example on the model, whose temporary folder it leaves here
     return str(info.model_uri)
+
+
+def log_results(tracker: Tracker, numbers: Mapping[str, float], train_run_id: str, data: Data) -> None:
+    """Log what an evaluation measured on ``data``, to its run and to the model that the training logged.
+
+    MLflow's page of the model shows them then. Where there is no such model, or the server doesn't say, the run alone
+    has them.
+    """
+    if tracker.client is None:
+        return
+    from mlflow.entities import LoggedModelInput, Metric
+    from mlflow.exceptions import MlflowException
+
+    try:
+        outputs = tracker.client.get_run(train_run_id).outputs if train_run_id else None
+        if outputs and outputs.model_outputs:
+            model_id, now = outputs.model_outputs[-1].model_id, int(time.time() * 1000)
+            tracker.client.log_inputs(tracker.run_id, models=[LoggedModelInput(model_id)])
+            tested_on = {"dataset_name": data.name, "dataset_digest": data.digest}
+            metrics = [Metric(key, float(v), now, 0, model_id=model_id, **tested_on) for key, v in numbers.items()]
+            tracker.client.log_batch(tracker.run_id, metrics)
+            return
+    except MlflowException as error:
+        log.warning("the model of run %s does not get its test results: %s", train_run_id, str(error).splitlines()[0])
+    tracker.log_metrics(numbers)
