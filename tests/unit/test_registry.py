@@ -26,7 +26,7 @@ def scores(skill: float) -> np.ndarray:
     return NOISE + skill * np.eye(CLASSES)[LABELS]
 
 
-def tested(
+def trained(
     store: str,
     folder: Path,
     skill: float,
@@ -59,14 +59,14 @@ def aliases(store: str, name: str) -> dict[str, str]:
 
 def test_only_a_model_that_is_better_beyond_its_interval_becomes_champion(store: str, tmp_path: Path) -> None:
     name = "svip-contest"
-    first, close, best, worse = (tested(store, tmp_path, skill) for skill in (1.5, 1.52, 2.5, 1.0))
+    first, close, best, worse = (trained(store, tmp_path, skill) for skill in (1.5, 1.55, 2.5, 1.0))
 
     begun = steps.register(first, name)
     assert (begun.version, begun.alias, begun.difference) == ("1", "champion", None)
 
     tie = steps.register(close, name)
     assert (tie.version, tie.alias, tie.champion) == ("2", "challenger", "1")
-    assert tie.difference and tie.difference.value > 0 and tie.difference.low <= 0
+    assert tie.difference and tie.difference.low <= 0 < tie.difference.value
     assert aliases(store, name) == {"champion": "1", "challenger": "2"}
 
     won = steps.register(best, name)
@@ -99,8 +99,8 @@ def test_what_was_tested_otherwise_is_not_compared(
     store: str, tmp_path: Path, other: dict[str, str], reason: str
 ) -> None:
     name = f"svip-other-{next(iter(other))}"
-    steps.register(tested(store, tmp_path, 1.0), name)
-    done = steps.register(tested(store, tmp_path, 3.0, **other), name)  # type: ignore[arg-type]
+    steps.register(trained(store, tmp_path, 1.0), name)
+    done = steps.register(trained(store, tmp_path, 3.0, **other), name)  # type: ignore[arg-type]
     assert (done.alias, done.difference) == ("challenger", None)
     assert re.search(reason, done.reason)
 
@@ -111,6 +111,6 @@ def test_what_can_not_be_registered_is_said(store: str, tmp_path: Path) -> None:
     with pytest.raises(RegisterError, match="has no finished evaluation; make one with `svip evaluate`"):
         steps.register(untested.run_id)
     with pytest.raises(RegisterError, match="logged no model; name the folder of its checkpoint instead"):
-        steps.register(tested(store, tmp_path, 1.0, with_model=False), "svip-modelless")
+        steps.register(trained(store, tmp_path, 1.0, with_model=False), "svip-modelless")
     with pytest.raises(RegisterError, match="does not say which run trained it"):
         steps.register(str(tmp_path))
