@@ -36,6 +36,7 @@ def store_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        patch.setenv("SVIP_OUTBOX", str(path.with_name("outbox")))
         patch.delenv("MLFLOW_RUN_ID", raising=False)
         yield path
 

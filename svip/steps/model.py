@@ -76,7 +76,7 @@ def train(
         directory.mkdir(parents=True, exist_ok=True)
         record.write_text(tracker.run_id)
         tracker.log_params(flatten(config))
-        record_lineage(tracker, config, data, bundle, vectors)
+        record_lineage(tracker, config, data, bundle, embedding, vectors)
 
         def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
             # both phases have an epoch 1: the final one's losses get a name of their own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from svip.config import Config, to_yaml
 from svip.data.bundle import Bundle
 from svip.data.sources import is_remote, shown
 from svip.evaluation.inference import choose_device
-from svip.semantics.vectors import Embedding, read_embedding
+from svip.semantics.vectors import Embedding, write_embedding
 
 
 def lineage_tags(config: Config, data: Bundle, bundle: str) -> dict[str, str]:
@@ -28,24 +29,28 @@ def used_data(data: Bundle, bundle: str, context: str) -> tracking.Data:
     return tracking.Data(name, data.sha256, _place(bundle), context, data.info["counts"])
 
 
-def record_lineage(tracker: tracking.Tracker, config: Config, data: Bundle, bundle: str, vectors: str = "") -> None:
-    """Log what the run can be done again from; with ``vectors`` it is a training, else an evaluation."""
-    used = [used_data(data, bundle, "training" if vectors else "testing")]
-    if vectors:
-        embedding = read_embedding(vectors)
-        digest = vectors_sha256(embedding)
+def record_lineage(
+    tracker: tracking.Tracker,
+    config: Config,
+    data: Bundle,
+    bundle: str,
+    embedding: Embedding | None = None,
+    vectors: str = "",
+) -> None:
+    """Log what the run can be done again from: a training's, with the attribute vectors that lie at ``vectors``.
+
+    Without vectors it is an evaluation's.
+    """
+    if not tracker.run_id:
+        return
+    used = [used_data(data, bundle, "training" if embedding else "testing")]
+    if embedding:
+        digest, (attributes, size) = vectors_sha256(embedding), embedding.vectors.shape
         tracker.set_tags({"vectors_sha256": digest})
-        used.append(
-            tracking.Data(
-                name="attribute-vectors",
-                sha256=digest,
-                address=_place(vectors),
-                context="word vectors",
-                profile={"attributes": len(embedding.vectors), "size": embedding.vectors.shape[1]},
-            )
-        )
-    device = str(choose_device(config.train.device))
-    tracking.log_lineage(tracker, to_yaml(config), device, Path(vectors) if vectors else None)
+        profile = {"attributes": attributes, "size": size}
+        used.append(tracking.Data("attribute-vectors", digest, _place(vectors), "word vectors", profile))
+    write = functools.partial(write_embedding, embedding) if embedding else None
+    tracking.log_lineage(tracker, to_yaml(config), str(choose_device(config.train.device)), write)
     tracking.log_data(tracker, used)
 
 

@@ -1,12 +1,14 @@
 """What goes to MLflow. Nothing else in svip imports mlflow, save the model code that MLflow itself runs (mlflow_model).
 
 A pipeline is a parent run (open_run, close_run); every step, variant and trial is a child run (open_tracker). All of
-it goes through MlflowClient, so no run is ever "active" in the process.
+it goes through MlflowClient, so no run is ever "active" in the process, and by way of an outbox, so none waits for a
+server: Tracker (runs) -> Journal (outbox) -> Sender, or later sync -> Delivery.
 """
 
 from svip.tracking.inputs import CODE, CONFIG, ENVIRONMENT, KFP_RUN_TAG, VECTORS, Data, log_data, log_lineage
 from svip.tracking.lineage import code_diff, environment, git_sha
 from svip.tracking.models import log_checkpoint_model, log_results
+from svip.tracking.outbox import outbox_folder
 from svip.tracking.pipeline_runs import close_run, open_run
 from svip.tracking.recorded import History, Recorded, find_evaluation, find_runs, read_run
 from svip.tracking.registry import (
@@ -22,6 +24,7 @@ from svip.tracking.registry import (
 )
 from svip.tracking.runs import Tracker, log_to_run, open_tracker, runs_of_their_own
 from svip.tracking.store import TrackingError, shown_uri, tracking_uri
+from svip.tracking.sync import sync
 from svip.tracking.system import system_metrics
 
 __all__ = [
@@ -54,11 +57,13 @@ __all__ = [
     "log_to_run",
     "open_run",
     "open_tracker",
+    "outbox_folder",
     "read_run",
     "register_version",
     "runs_of_their_own",
     "set_alias",
     "shown_uri",
+    "sync",
     "system_metrics",
     "tracking_uri",
     "version_of",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from svip.tracking.delivery import handles
 from svip.tracking.lineage import code_diff, environment, environment_text
+from svip.tracking.outbox import Journal
 from svip.tracking.runs import Tracker
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 CONFIG, ENVIRONMENT, CODE, VECTORS = "config.yaml", "environment.txt", "code.diff", "vectors"
 """Artifacts of a run that say how to do it again; the last one is a folder."""
@@ -30,7 +33,7 @@ class Data:
     """A folder, a file, or an s3:// or http(s):// address without a password."""
     context: str
     """What the run did with it, such as ``training``."""
-    profile: Mapping[str, object] = field(default_factory=dict)
+    profile: dict[str, Any] = field(default_factory=dict)
     """Counts and the like."""
 
     @property
@@ -38,9 +41,14 @@ class Data:
         return self.sha256[:12]
 
 
-def log_lineage(tracker: Tracker, config_yaml: str, device: str, vectors: Path | None = None) -> None:
-    """Log the resolved configuration, the environment, uncommitted changes of the code, and the word vectors."""
-    if tracker.client is None:
+def log_lineage(
+    tracker: Tracker, config_yaml: str, device: str, write_vectors: Callable[[Path], None] | None = None
+) -> None:
+    """Log the resolved configuration, the environment, uncommitted changes of the code, and the word vectors.
+
+    ``write_vectors`` makes the folder of the vectors, for a run that needs some.
+    """
+    if not tracker.run_id:
         return
     diff = code_diff()
     tracker.set_tags({"device": device, **({"code_diff_sha256": diff.sha256} if diff else {})})
@@ -50,17 +58,19 @@ def log_lineage(tracker: Tracker, config_yaml: str, device: str, vectors: Path |
             files[CODE] = diff.text
         for name, text in files.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
+        if write_vectors:
+            write_vectors(Path(folder) / VECTORS)
         tracker.log_artifact(Path(folder))
-    if vectors:
-        tracker.log_artifact(vectors, VECTORS)
 
 
 def log_data(tracker: Tracker, data: Sequence[Data]) -> None:
-    """Say which data the run used. Where the server doesn't answer, the run's tags alone say it."""
-    if tracker.client is None:
-        return
+    """Say which data the run used."""
+    tracker.put("data", data=[asdict(item) for item in data])
+
+
+@handles("data")
+def _send_data(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.exceptions import MlflowException
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
     inputs = [
@@ -70,18 +80,15 @@ def log_data(tracker: Tracker, data: Sequence[Data]) -> None:
                 digest=item.digest,
                 source_type=_source_type(item.address),
                 source=json.dumps({"url" if item.address.startswith("http") else "uri": item.address}),
-                profile=json.dumps(dict(item.profile)),
+                profile=json.dumps(item.profile),
             ),
             [InputTag(MLFLOW_DATASET_CONTEXT, item.context)],
         )
-        for item in data
+        for item in (Data(**fields) for fields in record["data"])
     ]
-    try:
-        tracker.client.log_inputs(tracker.run_id, inputs)
-    except MlflowException as error:
-        log.warning("MLflow does not list the data of run %s: %s", tracker.run_id, str(error).splitlines()[0])
+    client.log_inputs(journal.run_id, inputs)
 
 
 def _source_type(address: str) -> str:
-    scheme = address.partition("://")[0] if "://" in address else ""
-    return {"": "local", "https": "http"}.get(scheme, scheme)
+    scheme = address.partition("://")[0] if "://" in address else "local"
+    return "http" if scheme == "https" else scheme

@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 import logging
 import sys
-import time
+import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import svip
+from svip.tracking.delivery import ID_TAG, handles, run_with_tag
 from svip.tracking.inputs import Data
+from svip.tracking.outbox import Journal, is_local, now
 from svip.tracking.runs import Tracker
-from svip.tracking.store import tracking_uri
+from svip.tracking.store import is_away, run_exists
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -26,28 +32,52 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
     """Log a checkpoint as an MLflow model; its URI (``models:/...``), or "" without a run.
 
     ``mlflow models serve`` answers with it: see svip.mlflow_model for what goes in and comes out. The model carries
-    svip's code, the weights and the classes, and needs nothing of this checkout.
+    svip's code, the weights and the classes, and needs nothing of this checkout. Where the server doesn't answer it
+    is "" too: the model is logged when it does again, from the checkpoint, which has to stay where it is.
     """
     if tracker.client is None:
         return ""
+    key = uuid.uuid4().hex
+    if tracker.flush():
+        try:
+            return _log_model(tracker.client, tracker.run_id, checkpoint, name, key)
+        except Exception as error:
+            if not is_away(error):
+                raise
+    log.warning("the model is not in MLflow yet; it is logged from %s with what else is kept", checkpoint)
+    tracker.put("model", checkpoint=str(checkpoint.absolute()), name=name, key=key)
+    return ""
+
+
+@handles("model")
+def _send_model(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
+    _log_model(client, journal.run_id, Path(record["checkpoint"]), record["name"], record["key"])
+
+
+def _log_model(client: MlflowClient, run_id: str, checkpoint: Path, name: str, key: str) -> str:
+    """``key``: a second call with the same one goes on with the model of the first."""
     import mlflow
     import pandas as pd  # here, as every command imports this module and few log a model
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from PIL import Image
 
+    (checkpoint / CHECKPOINT_FILES[0]).stat()  # FileNotFoundError, where it was removed before it could be logged
     package = Path(svip.__file__).parent
-    mlflow.set_tracking_uri(tracking_uri())  # Model.log knows no other way
+    mlflow.set_tracking_uri(client.tracking_uri)  # Model.log knows no other way
     # Model.log would put it in MLflow's default experiment, not in the run's.
-    experiment = tracker.client.get_run(tracker.run_id).info.experiment_id
-    model = tracker.client.create_logged_model(experiment, name, source_run_id=tracker.run_id)
+    experiment = client.get_run(run_id).info.experiment_id
+    begun = client.search_logged_models([experiment], f"tags.{ID_TAG} = '{key}'")
+    model = begun[0] if begun else client.create_logged_model(experiment, name, run_id, tags={ID_TAG: key})
+    if model.status == "READY":
+        return str(model.model_uri)
     photo, path = io.BytesIO(), sys.path.copy()
     Image.new("RGB", (64, 64), "grey").save(photo, "png")
     info = Model.log(
         artifact_path=None,
         name=name,
         flavor=mlflow.pyfunc,
-        run_id=tracker.run_id,
+        run_id=run_id,
         model_id=model.model_id,
         python_model=str(package / "mlflow_model.py"),
         artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES},
@@ -64,25 +94,26 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
 
 
 def log_results(tracker: Tracker, numbers: Mapping[str, float], train_run_id: str, data: Data) -> None:
-    """Log what an evaluation measured on ``data``, to its run and to the model that the training logged.
+    """Log what an evaluation measured on ``data``: to its run, and to the model that the training logged.
 
-    MLflow's page of the model shows them then. Where there is no such model, or the server doesn't say, the run alone
-    has them.
+    So the model's page in MLflow shows them. Where the training logged none (in an ablation), the run alone has them.
     """
-    if tracker.client is None:
-        return
-    from mlflow.entities import LoggedModelInput, Metric
-    from mlflow.exceptions import MlflowException
+    tested_on = {"dataset_name": data.name, "dataset_digest": data.digest}
+    values = {key: float(value) for key, value in numbers.items()}
+    tracker.put("results", metrics=values, train_run_id=train_run_id, tested_on=tested_on, time=now())
 
-    try:
-        outputs = tracker.client.get_run(train_run_id).outputs if train_run_id else None
-        if outputs and outputs.model_outputs:
-            model_id, now = outputs.model_outputs[-1].model_id, int(time.time() * 1000)
-            tracker.client.log_inputs(tracker.run_id, models=[LoggedModelInput(model_id)])
-            tested_on = {"dataset_name": data.name, "dataset_digest": data.digest}
-            metrics = [Metric(key, float(v), now, 0, model_id=model_id, **tested_on) for key, v in numbers.items()]
-            tracker.client.log_batch(tracker.run_id, metrics)
-            return
-    except MlflowException as error:
-        log.warning("the model of run %s does not get its test results: %s", train_run_id, str(error).splitlines()[0])
-    tracker.log_metrics(numbers)
+
+@handles("results")
+def _send_results(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
+    from mlflow.entities import LoggedModelInput, Metric
+
+    trained_by = record["train_run_id"]
+    if is_local(trained_by):
+        trained_by = run_with_tag(client, ID_TAG, trained_by)
+    outputs = client.get_run(trained_by).outputs if trained_by and run_exists(client, trained_by) else None
+    model: dict[str, str] = {}
+    if outputs and outputs.model_outputs:
+        model = {"model_id": outputs.model_outputs[-1].model_id, **record["tested_on"]}
+        client.log_inputs(journal.run_id, models=[LoggedModelInput(model["model_id"])])
+    metrics = [Metric(key, value, record["time"], 0, **model) for key, value in record["metrics"].items()]
+    client.log_batch(journal.run_id, metrics)

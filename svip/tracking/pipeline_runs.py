@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from svip.tracking.delivery import Undelivered, handles, runs_with_tag
 from svip.tracking.lineage import with_code_tags
-from svip.tracking.store import (
-    TrackingError,
-    client_of,
-    experiment_id,
-    log_params,
-    reaching_the_store,
-    run_exists,
-    shorten,
-    shown_uri,
-    tracking_uri,
-)
+from svip.tracking.outbox import Journal, is_local, now, outbox_folder
+from svip.tracking.runs import open_run_of, start_with
+from svip.tracking.store import TrackingError, shown_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,18 +25,18 @@ STATUSES = {
 }
 
 
-@reaching_the_store()
 def open_run(pipeline: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str:
-    """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run."""
-    client = client_of(tracking_uri())
-    run = client.create_run(
-        experiment_id(client, experiment), tags={**with_code_tags(tags), PIPELINE_TAG: pipeline}, run_name=pipeline
-    )
-    log_params(client, run.info.run_id, {key: shorten(value) for key, value in params.items()})
-    return run.info.run_id
+    """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run.
+
+    It is a local id where the server doesn't answer: the steps may use it like any other.
+    """
+    tags = {**with_code_tags(tags), PIPELINE_TAG: pipeline}
+    tracker = open_run_of("", experiment=experiment, run_name=pipeline, tags=tags, owns=False)
+    tracker.log_params(params)
+    tracker.leave()
+    return tracker.run_id
 
 
-@reaching_the_store()
 def close_run(run: str, status: str) -> None:
     """End a parent run: FINISHED, FAILED or KILLED (or, as Kubeflow says, SUCCEEDED or CANCELLED).
 
@@ -52,15 +46,20 @@ def close_run(run: str, status: str) -> None:
     """
     if status not in STATUSES:
         raise TrackingError(f"status {status!r}: expected one of {', '.join(STATUSES)}")
-    client = client_of(tracking_uri())
-    is_id = len(run) == 32 and set(run) <= set("0123456789abcdef")
-    if is_id and not run_exists(client, run):
-        raise TrackingError(f"run {run}: {shown_uri()} has no such run")
-    for run_id in [run] if is_id else _open_runs(client, run):
-        client.set_terminated(run_id, STATUSES[status])
+    if is_local(run) or (len(run) == 32 and set(run) <= set("0123456789abcdef")):
+        try:
+            tracker = open_run_of(run, has_to_exist=True, owns=False)
+        except Undelivered:
+            raise TrackingError(f"run {run}: {shown_uri()} has no such run") from None
+        tracker.put("end", status=STATUSES[status], time=now())
+    else:
+        journal = Journal.create(outbox_folder(), f"close-{uuid.uuid4().hex}", shown_uri())
+        content = {"pipeline": run, "status": STATUSES[status], "time": now()}
+        tracker = start_with(journal, "close", new=True, **content)
+    tracker.leave()
 
 
-def _open_runs(client: MlflowClient, pipeline: str) -> list[str]:
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = f"tags.{PIPELINE_TAG} = '{pipeline}' and attributes.status = 'RUNNING'"
-    return [run.info.run_id for run in client.search_runs(experiments, query)]
+@handles("close")
+def _close_by_name(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
+    for run_id in runs_with_tag(client, PIPELINE_TAG, record["pipeline"], also=" and attributes.status = 'RUNNING'"):
+        client.set_terminated(run_id, record["status"], end_time=record["time"])

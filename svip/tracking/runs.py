@@ -8,20 +8,20 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from svip.tracking.delivery import Undelivered
 from svip.tracking.lineage import with_code_tags
+from svip.tracking.outbox import Journal, is_local, new_local_id, now, outbox_folder
+from svip.tracking.sender import SHORT_FLUSH, Sender
 from svip.tracking.store import (
     TrackingError,
+    check_address,
     client_of,
-    experiment_id,
-    log_params,
     reaching_the_store,
-    run_exists,
     shorten,
     shown_uri,
     tracking_uri,
@@ -32,66 +32,74 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PARENT_TAG = "mlflow.parentRunId"
-"""The tag by which MLflow nests runs."""
-
 
 class Tracker:
     """Writes to one run, and ends it when the ``with`` block does: FINISHED, FAILED on an error, KILLED when stopped.
 
-    Without a run (tracking is off, or this is not rank 0) every method does nothing and ``run_id`` is empty.
+    Nothing here waits for a server: what is logged goes to the outbox (svip.tracking.outbox), from which a thread sends
+    it. The end of the block waits for the rest, for 30 s at most (10 when stopped). Without a run (tracking is off, or
+    this is not rank 0) every method does nothing and ``run_id`` is empty.
     """
 
-    def __init__(self, client: MlflowClient | None = None, run_id: str = "") -> None:
-        self.run_id = run_id
-        self.client = client
+    def __init__(self, sender: Sender | None = None) -> None:
+        self.sender = sender
         self._handles_sigterm = False
+
+    @property
+    def run_id(self) -> str:
+        """The run's id in MLflow; where it doesn't know the run yet, a local one that serves in its place."""
+        return "" if self.sender is None else self.sender.journal.run_id or self.sender.journal.id
+
+    @property
+    def client(self) -> MlflowClient | None:
+        """For what only a server can do; its calls wait, and raise MlflowException when it is away."""
+        return None if self.sender is None else client_of(tracking_uri())
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log a flat mapping, such as ``config.flatten`` makes.
 
         MLflow's parameters can't change: where a resumed run now has another value, the tag ``resumed.<key>`` says so.
         """
-        if self.client is None:
-            return
-        known = self.client.get_run(self.run_id).data.params
-        values = {key: shorten(value) for key, value in params.items()}
-        log_params(self.client, self.run_id, {key: value for key, value in values.items() if key not in known})
-        self.set_tags({f"resumed.{key}": value for key, value in values.items() if known.get(key, value) != value})
+        self.put("params", params={key: shorten(value) for key, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log the numbers of one step (an epoch, or 0 for a result) under names such as ``val/H``."""
-        if self.client is None:
-            return
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self.client.log_batch(
-            self.run_id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()]
-        )
+        self.put("metrics", metrics={key: float(value) for key, value in metrics.items()}, step=step, time=now())
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Copy a file, or the content of a directory, to the run's artifacts (below ``folder``)."""
-        if self.client is None:
-            return
-        send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        send(self.run_id, str(path), folder or None)
+        """Copy a file, or the content of a directory, to the run's artifacts (below ``folder``).
+
+        It is sent as it is now, unless it is larger than 64 MiB: such has to stay where it is until it was sent.
+        """
+        if self.sender is not None:
+            self.put("artifact", folder=folder, **self.sender.journal.keep(path))
 
     def log_dict(self, content: Mapping[str, Any], file: str) -> None:
         """Store ``content`` as the artifact ``file`` (.json or .yaml)."""
-        if self.client is not None:
-            self.client.log_dict(self.run_id, dict(content), file)
+        self.put("dict", content=dict(content), file=file)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
-        if self.client is not None:
-            for key, value in tags.items():
-                self.client.set_tag(self.run_id, key, value)
+        self.put("tags", tags={key: str(value) for key, value in tags.items()})
+
+    def put(self, kind: str, **content: Any) -> None:
+        """Log a record of a kind that a function of svip.tracking sends (``delivery.handles``)."""
+        if self.sender is not None:
+            self.sender.put(kind, **content)
+
+    def flush(self) -> bool:
+        """Wait until all is sent, for 30 s at most; whether it is."""
+        return self.sender is None or self.sender.flush()
+
+    def leave(self) -> None:
+        """Send the rest, and leave the run open."""
+        if self.sender is not None:
+            self.sender.close()
 
     def __enter__(self) -> Tracker:
         # A stopped container gets SIGTERM, on which Python would die at once and leave the run RUNNING for ever.
         main = threading.current_thread() is threading.main_thread()
-        if self.client is not None and main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        if self.sender is not None and main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
             self._handles_sigterm = True
         return self
@@ -101,15 +109,15 @@ class Tracker:
     ) -> None:
         if self._handles_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self.client is None:
+        if self.sender is None:
             return
         status = _end_status(error)
         if status == "FAILED":
             self.set_tags({"error": shorten(f"{type(error).__name__}: {error}")})
-        self.client.set_terminated(self.run_id, status)
+        self.put("end", status=status, time=now())
+        self.sender.close(SHORT_FLUSH if status == "KILLED" else None)
 
 
-@reaching_the_store()
 def open_tracker(
     experiment: str,
     run_name: str,
@@ -123,27 +131,65 @@ def open_tracker(
 
     It is the run MLFLOW_RUN_ID where that is set; else ``run_id``, reopened (a resumed training); else a new run of
     ``experiment``, a child of ``parent_run_id`` where given. ``tags`` without a value are left out; the code's git sha
-    and the image digest are added. Raises TrackingError where MLFLOW_RUN_ID names no run.
+    and the image digest are added. Raises TrackingError where MLFLOW_RUN_ID names no run, or the address no server
+    that MLflow knows how to speak to. A server that doesn't answer is waited for 10 s, and then the run goes on
+    without it.
     """
     if not enabled:
         return Tracker()
-    client = client_of(tracking_uri())
-    tags = with_code_tags(tags)
     wanted = os.environ.get("MLFLOW_RUN_ID")
-    if wanted and not run_exists(client, wanted):
-        raise TrackingError(f"MLFLOW_RUN_ID={wanted}: {shown_uri()} has no such run; unset it to open a new run")
-    if run_id and not wanted and not run_exists(client, run_id):
-        log.warning("run %s is not in %s: its training goes on in a new run", run_id, shown_uri())
-        run_id = None
-    run_id = wanted or run_id
-    if not run_id:
-        nested = {PARENT_TAG: parent_run_id} if parent_run_id else {}
-        run = client.create_run(experiment_id(client, experiment), tags={**tags, **nested}, run_name=run_name)
-        return Tracker(client, run.info.run_id)
-    client.update_run(run_id, status="RUNNING")
-    tracker = Tracker(client, run_id)
-    tracker.set_tags(tags)
-    return tracker
+    try:
+        return open_run_of(
+            wanted or run_id or "",
+            experiment=experiment,
+            run_name=run_name,
+            parent=parent_run_id or "",
+            tags=with_code_tags(tags),
+            has_to_exist=bool(wanted),
+        )
+    except Undelivered:
+        raise TrackingError(
+            f"MLFLOW_RUN_ID={wanted}: {shown_uri()} has no such run; unset it to open a new run"
+        ) from None
+
+
+def open_run_of(
+    run_id: str,
+    *,
+    experiment: str = "",
+    run_name: str = "",
+    parent: str = "",
+    tags: Mapping[str, str] | None = None,
+    has_to_exist: bool = False,
+    owns: bool = True,
+) -> Tracker:
+    """Open a run, a new one where ``run_id`` is empty or unknown, unless it ``has_to_exist``.
+
+    ``owns``: it is this process that starts and ends it, so a run whose process vanished can be told.
+    """
+    left = Journal.find(outbox_folder(), run_id, shown_uri()) if run_id else None
+    return start_with(
+        left or Journal.create(outbox_folder(), run_id or new_local_id(), shown_uri()),
+        "open",
+        new=left is None and not is_local(run_id),
+        run_id=run_id,
+        experiment=experiment,
+        run_name=run_name,
+        parent=parent,
+        tags=dict(tags or {}),
+        has_to_exist=has_to_exist,
+        owns=owns,
+        time=now(),
+    )
+
+
+def start_with(journal: Journal, kind: str, *, new: bool, **content: Any) -> Tracker:
+    """Send a journal from now on, and first this record, for which a server that answers is waited for."""
+    with reaching_the_store():
+        check_address(tracking_uri())
+    sender = Sender(journal, new=new)
+    sender.start(kind, **content)
+    return Tracker(sender)
 
 
 @contextlib.contextmanager
@@ -159,10 +205,12 @@ def runs_of_their_own() -> Iterator[None]:
 
 def log_to_run(run_id: str, metrics: Mapping[str, float] | None = None, artifacts: Sequence[Path] = ()) -> None:
     """Add results to a run that goes on being open or closed as it is, such as a pipeline's parent run."""
-    tracker = Tracker(client_of(tracking_uri()), run_id)
-    tracker.log_metrics(metrics or {})
+    tracker = open_run_of(run_id, has_to_exist=True, owns=False)
+    if metrics:
+        tracker.log_metrics(metrics)
     for path in artifacts:
         tracker.log_artifact(path)
+    tracker.leave()
 
 
 def _end_status(error: BaseException | None) -> str:

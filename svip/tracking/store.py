@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# A request fails soon, and the outbox tries again in its own time: MLflow's own seven retries would take four minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
 LONGEST_VALUE = 6000
 """Characters that MLflow stores of a parameter; longer ones are refused or cut by its servers."""
@@ -52,10 +55,45 @@ def reaching_the_store() -> Iterator[None]:
     try:
         yield
     except (MlflowException, ImportError) as error:  # a database's driver may be missing
-        raise TrackingError(
-            f"MLflow at {shown_uri()} can't be used; check MLFLOW_TRACKING_URI, and that its server runs. "
-            f"It says: {without_password(str(error).splitlines()[0])}"
-        ) from None  # whose traceback would show the password
+        raise cant_be_used(error) from None  # whose traceback would show the password
+
+
+def cant_be_used(error: Exception) -> TrackingError:
+    return TrackingError(
+        f"MLflow at {shown_uri()} can't be used; check MLFLOW_TRACKING_URI, and that its server runs. "
+        f"It says: {first_line(error)}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """An error for a message: what is wrong, without a password."""
+    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def reason(error: BaseException) -> str:
+    """Why no answer came: what the network said, without what was built around it."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return first_line(error)
+
+
+def is_away(error: Exception) -> bool:
+    """Whether it says that no answer came, or that the server can't do its work now."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, requests.HTTPError) and error.response is not None:
+        status = error.response.status_code
+    else:
+        return isinstance(error, OSError)
+    return status >= 500 or status in (408, 429)
+
+
+def is_file(uri: str) -> bool:
+    """Whether the store is a file, which no network parts from this process."""
+    return uri.startswith("sqlite:")
 
 
 @functools.cache
@@ -65,6 +103,14 @@ def client_of(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def check_address(uri: str) -> None:
+    """Raises what MLflow says of an address of a kind that it doesn't know; a database's server isn't asked yet."""
+    import mlflow  # noqa: F401  # which takes seconds: no part of the time that a server has to answer
+
+    if not uri.startswith(("postgresql", "mysql", "mssql")):
+        client_of(uri)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:

@@ -27,7 +27,7 @@ def system_metrics(tracker: Tracker) -> Iterator[None]:
     MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false turns it off. What can't be measured or logged stops it, nothing else.
     """
     wanted = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("true", "1")
-    if tracker.client is None or not wanted:
+    if not (tracker.run_id and wanted):
         yield
         return
     over = threading.Event()

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from svip import tracking
-from svip.tracking import Tracker, TrackingError, close_run, open_run, open_tracker
+from svip.tracking import Tracker, TrackingError, close_run, open_run, open_tracker, sender
 
 
 def read(store: str, run_id: str) -> Run:
@@ -209,11 +209,31 @@ def test_mlflow_keeps_the_terminal_clean(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_an_unreachable_server_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_named_without_its_password_and_does_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")  # nothing listens there
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(tracking.TrackingError, match=r"MLflow at http://someone:\*\*\*@127\.0\.0\.1:9 can't") as caught:
-        tracking.open_tracker("svip/test", "run")
+    monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path))
+    monkeypatch.setattr(sender, "FLUSH", 0.1)
+    monkeypatch.setattr(sender, "SHORT_FLUSH", 0.1)
+    with open_tracker("svip/test", "run") as tracker:
+        assert tracker.run_id.startswith("local-")
+        tracker.log_metrics({"val/H": 50.0}, 1)
+    first, last = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert first.startswith("MLflow at http://someone:***@127.0.0.1:9 does not answer ([Errno 111] Connection refused)")
+    assert last == (
+        "MLflow at http://someone:***@127.0.0.1:9 does not answer; "
+        f"3 records are kept in {tmp_path}; `svip sync` sends them"
+    )
+    kept = [file.read_text() for file in tmp_path.iterdir()]
+    assert len(kept) == 1 and "val/H" in kept[0]
+    assert "secret" not in caplog.text + kept[0]
+
+
+def test_an_address_that_no_server_can_have_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://someone:secret@mlflow:5000")
+    with pytest.raises(TrackingError, match=r"MLflow at htp://someone:\*\*\*@mlflow:5000 can't be used") as caught:
+        open_tracker("svip/test", "run")
     assert "secret" not in "".join(traceback.format_exception(caught.value))
 
 

@@ -1,0 +1,300 @@
+"""What is on its way to MLflow: the journals on disk, and what arrives of them in a real SQLite store."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from svip import tracking
+from svip.tracking import TrackingError, open_tracker, outbox, sync
+from svip.tracking.delivery import Delivery
+from svip.tracking.outbox import Busy, Journal
+from svip.tracking.store import client_of
+
+ID, REAL = "local-1", "ab" * 16
+TEXT = st.text(st.characters(exclude_categories=()), max_size=8)  # surrogates of odd file names too
+CONTENTS = st.dictionaries(TEXT, TEXT | st.floats() | st.integers() | st.none(), max_size=3)
+ENTRIES = st.lists(st.tuples(st.just("metrics"), CONTENTS) | st.just(("sent", {})), max_size=8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An outbox of its own."""
+    monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path / "outbox"))
+    return tmp_path / "outbox"
+
+
+def opened(journal: Journal, **changes: Any) -> Journal:
+    content = {"run_id": "", "experiment": "svip/outbox", "run_name": "run", "parent": "", "tags": {}}
+    journal.append("open", **{**content, "has_to_exist": False, "owns": True, "time": outbox.now(), **changes})
+    return journal
+
+
+def metric(journal: Journal, step: int, value: float = 1.0, key: str = "loss") -> None:
+    journal.append("metrics", metrics={key: value}, step=step, time=1000 + step)
+
+
+def history(store: str, run_id: str, key: str = "loss") -> list[tuple[int, float]]:
+    return [(entry.step, entry.value) for entry in MlflowClient(store).get_metric_history(run_id, key)]
+
+
+def runs(store: str, experiment: str) -> list[Run]:
+    client = MlflowClient(store)
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+@settings(max_examples=150, deadline=None)
+@given(entries=ENTRIES, cut=st.integers(0, 2000), after=CONTENTS)
+def test_a_journal_cut_anywhere_has_all_whole_records(
+    entries: list[tuple[str, dict[str, Any]]], cut: int, after: dict[str, Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal.create(Path(folder), ID, "http://server")
+        header = end = journal.path.stat().st_size
+        lines: list[tuple[int, int, str, Any]] = []  # where each ends, what was acknowledged until then
+        sent = 0
+        for number, (kind, values) in enumerate(entries):
+            if kind == "sent":
+                sent = lines[-1][0] if lines else 0
+                journal.acknowledge(sent, REAL)
+            else:
+                journal.append("metrics", values=values)
+            end = journal.path.stat().st_size
+            lines.append((end, sent, kind, values))
+            assert number < len(entries)
+        journal.close()
+        size = header + min(cut, end - header)
+        with journal.path.open("r+b") as file:
+            file.truncate(size)
+
+        whole = [line for line in lines if line[0] <= size]
+        acknowledged = whole[-1][1] if whole else 0
+        again = Journal.open(journal.path)
+        expected = [values for end, _, kind, values in whole if kind == "metrics" and end > acknowledged]
+        assert [repr(record.content["values"]) for record in again.pending()] == [repr(values) for values in expected]
+        assert again.run_id == (REAL if any(kind == "sent" for _, _, kind, _ in whole) else "")
+        again.append("metrics", values=after)  # not glued to a line without its end
+        assert repr(again.pending()[-1].content["values"]) == repr(after)
+        again.acknowledge(again.pending()[-1].end)
+        assert not again.pending()
+        again.remove()
+
+
+def test_values_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, ID, "")
+    values = {"a": 0.1 + 0.2, "b": 5e-324, "c": math.inf, "d": 1 / 3}
+    journal.append("metrics", metrics=values)
+    assert journal.pending()[0].content["metrics"] == values
+    journal.close()
+
+
+def test_one_process_at_a_time_writes_to_a_journal(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, ID, "http://server")
+    with pytest.raises(Busy):
+        Journal.open(journal.path)
+    assert Journal.find(tmp_path, ID, "http://server") is None
+    second = Journal.create(tmp_path, ID, "http://server")
+    assert second.path != journal.path
+    second.remove()
+    code = (
+        f"from svip.tracking.outbox import Journal; from pathlib import Path; Journal.open(Path({str(journal.path)!r}))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
+    assert "is being written to by a running process" in other.stderr
+    journal.close()
+    Journal.open(journal.path).remove()
+    assert not tmp_path.exists()
+
+
+def test_a_journal_is_found_by_both_ids_of_its_run(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, ID, "http://server")
+    journal.acknowledge(0, REAL)
+    journal.close()
+    for run_id in (ID, REAL):
+        found = Journal.find(tmp_path, run_id, "http://server")
+        assert found is not None
+        found.close()
+    assert Journal.find(tmp_path, REAL, "http://another") is None
+    assert Journal.find(tmp_path, "cd" * 16, "http://server") is None
+
+
+def test_what_is_no_journal_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(TrackingError, match=r"other\.jsonl: the line that ends at byte 9 is damaged"):
+        Journal.open(path)
+    path.write_text("")
+    with pytest.raises(TrackingError, match="is not a journal of format 1"):
+        Journal.open(path)
+    assert [result.problem for result in sync(tmp_path)] == [f"{path} is not a journal of format 1; remove it"]
+
+
+def test_files_are_kept_as_they_were_and_large_ones_are_referred_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal.create(tmp_path / "outbox", ID, "")
+    folder = tmp_path / "results"
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "table.csv").write_text("first")
+    (tmp_path / "large.bin").write_bytes(b"0" * 20)
+    monkeypatch.setattr(outbox, "COPIED", 10)
+    kept, large = journal.keep(folder), journal.keep(tmp_path / "large.bin")
+    (folder / "below" / "table.csv").write_text("second")
+    assert (journal.kept(kept) / "below" / "table.csv").read_text() == "first"
+    assert journal.kept(kept).name == "results"
+    assert journal.kept(large) == tmp_path / "large.bin"
+    journal.remove()
+    assert not (tmp_path / "outbox").exists() and (tmp_path / "large.bin").exists()
+
+
+def test_records_whose_acknowledgement_was_lost_take_effect_once(store: str, folder: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "note.txt"
+    artifact.write_text("of the run")
+    journal = opened(Journal.create(folder, ID + "-lost", store), experiment="svip/lost", tags={"preset": "smoke"})
+    journal.append("params", params={"lr": "0.1"})
+    for step in range(50):
+        metric(journal, step, math.nan if step == 7 else step / 3)
+    journal.append("artifact", folder="", path=str(artifact))
+    journal.append("end", status="FINISHED", time=2_000_000_000_000)
+    unsent = tmp_path / "unsent.jsonl"
+    shutil.copy(journal.path, unsent)
+    delivery = Delivery(client_of(store), journal, new=True)
+    while delivery.step():
+        pass
+    journal.remove()
+
+    folder.mkdir()
+    shutil.copy(unsent, folder)  # as if nothing of it had been acknowledged
+    (result,) = sync(folder)
+    (run,) = runs(store, "svip/lost")
+    assert (result.run_id, result.sent, result.left, result.problem) == (run.info.run_id, 54, 0, "")
+    assert [step for step, _ in history(store, run.info.run_id)] == list(range(50))
+    assert math.isnan(history(store, run.info.run_id)[7][1])
+    assert (run.info.status, run.info.end_time) == ("FINISHED", 2_000_000_000_000)
+    assert run.data.params == {"lr": "0.1"}
+    assert [file.path for file in MlflowClient(store).list_artifacts(run.info.run_id)] == ["note.txt"]
+    assert not folder.exists()
+
+
+def test_what_mlflow_refuses_stops_nothing_else(
+    store: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = opened(Journal.create(folder, ID + "-refused", store), experiment="svip/refused")
+    for step in range(9):
+        metric(journal, step, key="no such: name!?" if step == 4 else "loss")
+    journal.append("artifact", folder="", path=str(tmp_path / "removed.bin"))
+    journal.append("end", status="FINISHED", time=1)
+    journal.close()
+    (result,) = sync(folder)
+    assert (result.sent, result.left, result.refused) == (10, 0, 2)
+    (run,) = runs(store, "svip/refused")
+    assert [step for step, _ in history(store, run.info.run_id)] == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert run.info.status == "FINISHED"
+    assert "no such: name!?" in caplog.text and "removed.bin" in caplog.text
+
+
+@pytest.mark.parametrize("parent_first", [True, False])
+def test_a_child_finds_its_parent_whoever_arrives_first(store: str, tmp_path: Path, parent_first: bool) -> None:
+    experiment = f"svip/nested-{parent_first}"
+    parent = opened(Journal.create(tmp_path / "parent", f"local-p{parent_first}", store), experiment=experiment)
+    child = opened(
+        Journal.create(tmp_path / "child", f"local-c{parent_first}", store), experiment=experiment, parent=parent.id
+    )
+    late = opened(
+        Journal.create(tmp_path / "late", parent.id, store),
+        run_id=parent.id,
+        experiment="",
+        has_to_exist=True,
+        owns=False,
+    )
+    late.append("tags", tags={"from": "a step"})
+    for journal in (parent, child, late):
+        journal.append("tags", tags={"name": journal.path.parent.name})
+        journal.close()
+    for place in ("parent", "child") if parent_first else ("child", "parent"):
+        if place == "parent":
+            (waiting,) = sync(tmp_path / "late")
+            assert waiting.left == 3 and f"run {parent.id} is not in {store} yet" in waiting.problem
+        assert [result.problem for result in sync(tmp_path / place)] == [""]
+    assert [result.problem for result in sync(tmp_path / "late")] == [""]
+    found = {run.data.tags.get("from", "child"): run for run in runs(store, experiment)}
+    assert len(runs(store, experiment)) == 2
+    assert found["child"].data.tags["mlflow.parentRunId"] == found["a step"].info.run_id
+
+
+def test_a_run_whose_process_vanished_ends_as_killed_when_it_did(store: str, folder: Path) -> None:
+    code = (
+        "import os; from svip.tracking import open_tracker\n"
+        "tracker = open_tracker('svip/vanished', 'train').__enter__()\n"
+        "tracker.log_metrics({'loss': 1.0}, 1); print(tracker.run_id, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
+    run_id = done.stdout.strip()
+    assert MlflowClient(store).get_run(run_id).info.status == "RUNNING"
+    (result,) = sync(folder)
+    assert result.run_id == run_id and not result.problem
+    run = MlflowClient(store).get_run(run_id)
+    assert run.info.status == "KILLED"
+    ((_, value),) = history(store, run_id)
+    (at,) = (entry.timestamp for entry in MlflowClient(store).get_metric_history(run_id, "loss"))
+    assert (value, run.info.end_time) == (1.0, at)
+
+
+def test_a_resumed_run_sends_first_what_its_killed_process_left(store: str, folder: Path) -> None:
+    with open_tracker("svip/resumed", "train") as first:
+        pass
+    left = opened(Journal.create(folder, "local-resumed", store))
+    left.acknowledge(left.pending()[-1].end, first.run_id)
+    metric(left, 1)
+    left.close()
+    with open_tracker("svip/resumed", "train", run_id=first.run_id) as second:
+        second.log_metrics({"loss": 1.0}, 2)
+    assert second.run_id == first.run_id
+    assert [step for step, _ in history(store, first.run_id)] == [1, 2]
+    assert not folder.exists()
+
+
+def test_the_outbox_is_empty_when_all_has_arrived(store: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_tracker("svip/outbox", "train") as tracker:
+        (journal,) = folder.glob("*.jsonl")
+        tracker.log_metrics({"loss": 1.0}, 1)
+        assert [(result.run_id, result.busy) for result in sync(folder)] == [(journal.stem, True)]
+    assert not folder.exists()
+    assert list(sync(folder)) == []
+
+
+def test_a_deleted_run_keeps_its_records_until_it_is_restored(store: str, folder: Path) -> None:
+    journal = opened(Journal.create(folder, "local-deleted", store), experiment="svip/deleted")
+    delivery = Delivery(client_of(store), journal, new=True)
+    assert delivery.step() and not delivery.step()
+    MlflowClient(store).delete_run(journal.run_id)
+    metric(journal, 1)
+    journal.close()
+    (result,) = sync(folder)
+    assert (result.left, result.sent) == (1, 0)
+    assert f"run {journal.run_id} was deleted in MLflow; restore it there" in result.problem
+    MlflowClient(store).restore_run(journal.run_id)
+    (result,) = sync(folder)
+    assert (result.left, result.problem) == (0, "")
+    assert history(store, journal.run_id) == [(1, 1.0)]
+
+
+def test_an_outbox_that_cant_be_made_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path / "file" / "outbox"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert outbox.outbox_folder() == tmp_path / f"svip-outbox-{os.getuid()}"
+    assert tracking.outbox_folder().parent == tmp_path
