@@ -66,7 +66,7 @@ def register(run: str, name: str = "") -> Registration:
     h = bootstrap_h(challenger.answers)
     if champion and champion.run_id == trained.run_id:
         return Registration(name, champion.number, h, tracking.CHAMPION, "it is the champion already")
-    holder = _tested(tracking.read_run(champion.tags[tracking.EVALUATION_TAG])) if champion else None
+    holder = _tested(tracking.read_run(_evaluation_of(champion))) if champion else None
     obstacle = _obstacle(challenger, holder) if holder else ""
     difference = bootstrap_h(challenger.answers, holder.answers) if holder and not obstacle else None
     if holder is None:
@@ -110,6 +110,15 @@ def _run_of(checkpoint: Path) -> str:
             f"{checkpoint} does not say which run trained it (no run_id); only what `svip train` made can"
         )
     return record.read_text().strip()
+
+
+def _evaluation_of(version: tracking.Version) -> str:
+    if tracking.EVALUATION_TAG not in version.tags:
+        raise RegisterError(
+            f"the champion, {version.name} version {version.number}, does not say which run tested it (tag "
+            f"{tracking.EVALUATION_TAG}), so nothing can be compared with it; use another --name"
+        )
+    return version.tags[tracking.EVALUATION_TAG]
 
 
 def _tested(evaluation: tracking.Recorded) -> Tested:

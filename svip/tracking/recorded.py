@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svip.tracking.delivery import PARENT_TAG
 from svip.tracking.inputs import ENVIRONMENT, KFP_RUN_TAG
 from svip.tracking.lineage import parse_environment
 from svip.tracking.store import TrackingError, client_of, reaching_the_store, run_exists, shown_uri, tracking_uri
@@ -36,14 +37,10 @@ class Recorded:
 
     @classmethod
     def of(cls, run: Run) -> Recorded:
-        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
         experiment = client_of(tracking_uri()).get_experiment(run.info.experiment_id).name
         tags = {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")}
         models = tuple(output.model_id for output in run.outputs.model_outputs) if run.outputs else ()
-        return cls(
-            run.info.run_id, run.info.run_name, experiment, tags, run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""), models
-        )
+        return cls(run.info.run_id, run.info.run_name, experiment, tags, run.data.tags.get(PARENT_TAG, ""), models)
 
     @reaching_the_store()
     def download(self, artifact: str, folder: Path) -> Path | None:
@@ -119,7 +116,7 @@ def find_runs(run_id: str) -> tuple[Recorded, Recorded | None]:
         if not train_run or not run_exists(client, train_run):
             raise TrackingError(f"run {run_id} does not say which run trained its checkpoint; name that one")
         return _finished(client.get_run(train_run)), _finished(run)
-    nested = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    nested = client.search_runs([run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{run_id}'")
     trained, evaluated = ([run for run in nested if run.data.tags.get("step") == s] for s in ("train", "evaluate"))
     if len(trained) != 1 or len(evaluated) > 1:
         raise TrackingError(

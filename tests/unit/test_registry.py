@@ -112,5 +112,10 @@ def test_what_can_not_be_registered_is_said(store: str, tmp_path: Path) -> None:
         steps.register(untested.run_id)
     with pytest.raises(RegisterError, match="logged no model; name the folder of its checkpoint instead"):
         steps.register(trained(store, tmp_path, 1.0, with_model=False), "svip-modelless")
+    MlflowClient(store).create_registered_model("svip-by-hand")
+    by_hand = MlflowClient(store).create_model_version("svip-by-hand", str(tmp_path))
+    MlflowClient(store).set_registered_model_alias("svip-by-hand", "champion", by_hand.version)
+    with pytest.raises(RegisterError, match="svip-by-hand version 1, does not say which run tested it.*--name"):
+        steps.register(trained(store, tmp_path, 1.0), "svip-by-hand")
     with pytest.raises(RegisterError, match="does not say which run trained it"):
         steps.register(str(tmp_path))
