@@ -10,7 +10,8 @@ from importlib.metadata import entry_points
 from rich.console import Console
 from rich.markup import escape
 
-from svip.cli import data, doctor, model, tracking, tuning  # noqa: F401  # in this order their commands stand in the help
+# in this order their commands stand in the help
+from svip.cli import data, doctor, model, registry, tracking, tuning  # noqa: F401
 from svip.cli.shared import app
 
 

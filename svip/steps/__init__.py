@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svip.steps.data import embed_attributes, prepare_data, push_bundle
     from svip.steps.model import evaluate, figures, import_checkpoint, predict, report
+    from svip.steps.registry import register
+    from svip.steps.reruns import rerun
     from svip.steps.runs import close_run, data_settings, open_run
     from svip.steps.sweeps import ablate, ablate_table, plan_ablation, sensitivity
     from svip.steps.training import train
@@ -22,6 +24,8 @@ MODULES = {
     "data": ("prepare_data", "push_bundle", "embed_attributes"),
     "training": ("train",),
     "model": ("import_checkpoint", "evaluate", "report", "figures", "predict"),
+    "reruns": ("rerun",),
+    "registry": ("register",),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
     "tuning": ("tune", "plan_tuning", "tune_worker", "tuning_report", "tuning_dashboard"),
 }
@@ -41,7 +45,9 @@ __all__ = [
     "predict",
     "prepare_data",
     "push_bundle",
+    "register",
     "report",
+    "rerun",
     "sensitivity",
     "train",
     "tune",

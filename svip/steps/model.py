@@ -23,6 +23,7 @@ from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.predict import Predictor, write_overlays
 from svip.semantics.vectors import read_vectors
+from svip.steps.provenance import lineage_tags, record_lineage, used_data
 from svip.steps.runs import experiment_of, named
 from svip.training import distributed
 from svip.training.checkpoint import read_config, save_model, write_classes, write_json
@@ -84,7 +85,14 @@ def _evaluate(
 ) -> dict[str, Any]:
     data = open_bundle(bundle)
     config = read_config(Path(checkpoint), overrides)
-    tags = {"bundle_sha256": data.sha256, "step": "evaluate", **named(config, run)}
+    trained_by = Path(checkpoint) / "run_id"
+    train_run_id = trained_by.read_text().strip() if trained_by.exists() else ""
+    tags = {
+        "step": "evaluate",
+        "train_run_id": train_run_id,
+        **lineage_tags(config, data, bundle),
+        **named(config, run),
+    }
     with tracking.open_tracker(
         experiment_of(config),
         f"evaluate-{run or variant(config)}",
@@ -92,6 +100,7 @@ def _evaluate(
         tags=tags,
         enabled=distributed.is_main(),
     ) as tracker:
+        record_lineage(tracker, config, data, bundle)
         metrics = evaluate_checkpoint(Path(checkpoint), data, Path(out), overrides)
         tracker.log_params(flatten(config))
         honest = metrics["protocols"].get("validation", metrics["protocols"].get("none", {}))
@@ -100,7 +109,7 @@ def _evaluate(
         for method, results in methods.items():
             for protocol, values in results["protocols"].items():
                 numbers |= {f"test/{method}{protocol}/{name}": value for name, value in values.items()}
-        tracker.log_metrics(numbers)
+        tracking.log_results(tracker, numbers, train_run_id, used_data(data, bundle, "testing"))
         tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})
         tracker.log_artifact(Path(out))
         if parent_run_id and not run and distributed.is_main():

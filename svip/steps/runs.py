@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 from svip import tracking
 from svip.config import Config, flatten, load_config, variant
+
+KFP_RUN_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+"""How a Kubeflow Pipelines server names a run; on one machine a pipeline's job has a plain number."""
 
 
 def open_run(pipeline: str, preset: str, overrides: Sequence[str] = (), continues: str = "") -> str:
@@ -15,7 +19,9 @@ def open_run(pipeline: str, preset: str, overrides: Sequence[str] = (), continue
     ``continues``: the pipeline whose run is opened again instead, if it got as far as having one.
     """
     config = load_config(preset, overrides)
-    return tracking.open_run(pipeline, experiment_of(config), flatten(config), {"preset": preset}, continues)
+    job = re.search(rf"-({KFP_RUN_ID})$", pipeline)
+    tags = {"preset": preset, tracking.KFP_RUN_TAG: job[1] if job else ""}
+    return tracking.open_run(pipeline, experiment_of(config), flatten(config), tags, continues)
 
 
 def data_settings(preset: str, overrides: Sequence[str] = ()) -> list[str]:

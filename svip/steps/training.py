@@ -13,6 +13,7 @@ from svip import sweep, tracking
 from svip.config import Config, flatten, load_config, variant
 from svip.data import s3
 from svip.steps.inputs import open_inputs
+from svip.steps.provenance import lineage_tags, record_lineage
 from svip.steps.runs import experiment_of, named
 from svip.training import distributed
 from svip.training.checkpoint import CheckpointError, read_info
@@ -124,7 +125,7 @@ def _train(
         check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
         return record.read_text().strip() if record.exists() else None
 
-    tags = {"preset": preset, "bundle_sha256": data.sha256, "step": "train", **named(config, run)}
+    tags = {"preset": preset, "step": "train", **lineage_tags(config, data, bundle), **named(config, run)}
     with tracking.open_tracker(
         experiment_of(config),
         f"train-{run or variant(config)}",
@@ -138,6 +139,7 @@ def _train(
             directory.mkdir(parents=True, exist_ok=True)
             record.write_text(tracker.run_id)
             tracker.log_params(flatten(config))
+            record_lineage(tracker, config, data, bundle, embedding, vectors)
 
         def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
             # both phases have an epoch 1: the final one's losses get a name of their own
@@ -155,5 +157,6 @@ def _train(
             place.save(finished=True)
 
         distributed.on_main(begin)
-        train_model(config, data, embedding.vectors, directory, report_epoch, place.save)
+        with tracking.system_metrics(tracker):
+            train_model(config, data, embedding.vectors, directory, report_epoch, place.save)
         distributed.on_main(finish)

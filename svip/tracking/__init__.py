@@ -5,26 +5,66 @@ it goes through MlflowClient, so no run is ever "active" in the process, and by 
 server: Tracker (runs) -> Journal (outbox) -> Sender, or later sync -> Delivery.
 """
 
-from svip.tracking.lineage import git_sha
-from svip.tracking.models import log_checkpoint_model
+from svip.tracking.inputs import CODE, CONFIG, ENVIRONMENT, KFP_RUN_TAG, VECTORS, Data, log_data, log_lineage
+from svip.tracking.lineage import code_diff, environment, git_sha
+from svip.tracking.models import log_checkpoint_model, log_results
 from svip.tracking.outbox import outbox_folder
 from svip.tracking.pipeline_runs import close_run, open_run
+from svip.tracking.recorded import History, Recorded, find_evaluation, find_runs, read_run
+from svip.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    EVALUATION_TAG,
+    Version,
+    champion_of,
+    describe,
+    register_version,
+    set_alias,
+    version_of,
+)
 from svip.tracking.runs import Tracker, log_to_run, open_tracker, runs_of_their_own
 from svip.tracking.store import TrackingError, shown_uri, tracking_uri
 from svip.tracking.sync import sync
+from svip.tracking.system import system_metrics
 
 __all__ = [
+    "CHALLENGER",
+    "CHAMPION",
+    "CODE",
+    "CONFIG",
+    "ENVIRONMENT",
+    "EVALUATION_TAG",
+    "KFP_RUN_TAG",
+    "VECTORS",
+    "Data",
+    "History",
+    "Recorded",
     "Tracker",
     "TrackingError",
+    "Version",
+    "champion_of",
     "close_run",
+    "code_diff",
+    "describe",
+    "environment",
+    "find_evaluation",
+    "find_runs",
     "git_sha",
     "log_checkpoint_model",
+    "log_data",
+    "log_lineage",
+    "log_results",
     "log_to_run",
     "open_run",
     "open_tracker",
     "outbox_folder",
+    "read_run",
+    "register_version",
     "runs_of_their_own",
+    "set_alias",
     "shown_uri",
     "sync",
+    "system_metrics",
     "tracking_uri",
+    "version_of",
 ]

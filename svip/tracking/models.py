@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import svip
-from svip.tracking.delivery import handles
-from svip.tracking.outbox import Journal
+from svip.tracking.delivery import ID_TAG, handles, run_with_tag
+from svip.tracking.inputs import Data
+from svip.tracking.outbox import Journal, is_local, now
 from svip.tracking.runs import Tracker
-from svip.tracking.store import first_line, is_away
+from svip.tracking.store import first_line, is_away, run_exists
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -95,3 +96,29 @@ def _log_model(client: MlflowClient, run_id: str, checkpoint: Path, name: str) -
     )
     sys.path[:] = path  # MLflow has tried the example on the model, whose temporary folder it leaves here
     return str(info.model_uri)
+
+
+def log_results(tracker: Tracker, numbers: Mapping[str, float], train_run_id: str, data: Data) -> None:
+    """Log what an evaluation measured on ``data``: to its run, and to the model that the training logged.
+
+    So the model's page in MLflow shows them. Where the training logged none (in an ablation), the run alone has them.
+    """
+    tested_on = {"dataset_name": data.name, "dataset_digest": data.digest}
+    values = {key: float(value) for key, value in numbers.items()}
+    tracker.put("results", metrics=values, train_run_id=train_run_id, tested_on=tested_on, time=now())
+
+
+@handles("results")
+def _send_results(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
+    from mlflow.entities import LoggedModelInput, Metric
+
+    trained_by = record["train_run_id"]
+    if is_local(trained_by):
+        trained_by = run_with_tag(client, ID_TAG, trained_by)
+    outputs = client.get_run(trained_by).outputs if trained_by and run_exists(client, trained_by) else None
+    model: dict[str, str] = {}
+    if outputs and outputs.model_outputs:
+        model = {"model_id": outputs.model_outputs[-1].model_id, **record["tested_on"]}
+        client.log_inputs(journal.run_id, models=[LoggedModelInput(model["model_id"])])
+    metrics = [Metric(key, value, record["time"], 0, **model) for key, value in record["metrics"].items()]
+    client.log_batch(journal.run_id, metrics)
