@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from svip import sweep, tracking
+from svip.changes import run_name
 from svip.config import flatten, load_config, variant
 from svip.data.bundle_cache import open_bundle
 from svip.evaluation.evaluate import check_bundle
@@ -23,7 +24,7 @@ from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.predict import Predictor, write_overlays
 from svip.semantics.vectors import read_embedding, read_vectors
-from svip.steps.runs import experiment_of, named
+from svip.steps.runs import MADE_OF, experiment_of, made_of, made_of_checkpoint, named
 from svip.training.checkpoint import CheckpointError, read_config, read_info, save_model, write_classes, write_json
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
@@ -47,7 +48,9 @@ def train(
     ``run``: a run of the ablation, such as ``no_psc:1``, whose overrides come last. ``log_model``: store the trained
     model in MLflow too. The run id, and T1, U, S, H on the validation classes where they were used.
     """
-    config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
+    own = sweep.ablation_run(run).overrides if run else []
+    config = load_config(preset, [*overrides, *own])
+    made = made_of(config, preset, own)
     data, embedding, directory = open_bundle(bundle), read_embedding(Path(vectors)), Path(out)
     made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
     for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
@@ -64,16 +67,17 @@ def train(
         raise FileExistsError(f"{directory} is not empty; resume it (--resume), or train into another --out")
     check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
     record = directory / "run_id"
-    tags = {"preset": preset, "bundle_sha256": data.sha256, "step": "train", **named(config, run)}
+    tags = {"bundle_sha256": data.sha256, "step": "train", **named(config, run, made)}
     with tracking.open_tracker(
         experiment_of(config),
-        f"train-{run or variant(config)}",
+        run_name("train", config, made["changes"], run),
         parent_run_id=parent_run_id or None,
         run_id=record.read_text().strip() if record.exists() else None,
         tags=tags,
     ) as tracker:
         directory.mkdir(parents=True, exist_ok=True)
         record.write_text(tracker.run_id)
+        write_json(directory / MADE_OF, made)
         tracker.log_params(flatten(config))
 
         def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
@@ -121,6 +125,7 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         write_json(temporary / "history.json", [])
+        write_json(temporary / MADE_OF, made_of(config, preset))
         if data:
             write_classes(temporary, data.classes)
         save_model(temporary, model, config, info)
@@ -140,10 +145,10 @@ def evaluate(
     """
     data = open_bundle(bundle)
     config = read_config(Path(checkpoint), overrides)
-    tags = {"bundle_sha256": data.sha256, "step": "evaluate", **named(config, run)}
-    with tracking.open_tracker(
-        experiment_of(config), f"evaluate-{run or variant(config)}", parent_run_id=parent_run_id or None, tags=tags
-    ) as tracker:
+    made = made_of_checkpoint(Path(checkpoint), config, read_config(Path(checkpoint)))
+    tags = {"bundle_sha256": data.sha256, "step": "evaluate", **named(config, run, made)}
+    name = run_name("evaluate", config, made["changes"], run)
+    with tracking.open_tracker(experiment_of(config), name, parent_run_id=parent_run_id or None, tags=tags) as tracker:
         metrics = evaluate_checkpoint(Path(checkpoint), data, Path(out), overrides)
         tracker.log_params(flatten(config))
         honest = metrics["protocols"].get("validation", metrics["protocols"].get("none", {}))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from svip import tracking
+from svip.changes import changes, changes_text, with_changes
 from svip.config import Config, flatten, load_config, variant
+
+MADE_OF = "made_of.json"
+"""File of a checkpoint's folder that holds ``made_of``."""
 
 
 def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
     """Check the configuration, start the MLflow run that all steps belong to, and return its id."""
     config = load_config(preset, overrides)
-    return tracking.open_run(pipeline, experiment_of(config), flatten(config), {"preset": preset})
+    changed = made_of(config, preset)["changes"]
+    name = with_changes(f"{pipeline.partition('-')[0]} {preset}", changed)  # without the job's id
+    tags = {"preset": preset, "changes": changes_text(changed)}
+    return tracking.open_run(pipeline, experiment_of(config), flatten(config), tags, name)
 
 
 def close_run(run_id: str, status: str) -> None:
@@ -19,9 +29,24 @@ def close_run(run_id: str, status: str) -> None:
     tracking.close_run(run_id, status)
 
 
-def named(config: Config, run: str) -> dict[str, str]:
-    """Tags that say what is trained: the ablation's own name for it where there is one."""
-    return {"variant": run.partition(":")[0] or variant(config), "seed": str(config.train.seed)}
+def named(config: Config, run: str, made: Mapping[str, Any]) -> dict[str, str]:
+    """Tags that say what is trained (the ablation's own name for it where there is one), and of which preset."""
+    tags = {"variant": run.partition(":")[0] or variant(config), "seed": str(config.train.seed)}
+    return {**tags, "preset": made["preset"], "changes": changes_text(made["changes"])}
+
+
+def made_of(config: Config, preset: str, base: Sequence[str] = ()) -> dict[str, Any]:
+    """``preset`` and ``changes``: what is in ``config`` otherwise than in the preset (with the overrides ``base``)."""
+    return {"preset": preset, "changes": changes(config, load_config(preset, base, check=False))}
+
+
+def made_of_checkpoint(checkpoint: Path, config: Config, trained: Config) -> dict[str, Any]:
+    """The same of a checkpoint that is evaluated with ``config``; older ones don't say their preset."""
+    record = checkpoint / MADE_OF
+    made: dict[str, Any] = {"preset": "", "changes": {}}
+    if record.exists():
+        made = json.loads(record.read_text(encoding="utf-8"))
+    return {**made, "changes": {**made["changes"], **changes(config, trained)}}
 
 
 def experiment_of(config: Config) -> str:

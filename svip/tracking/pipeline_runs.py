@@ -32,11 +32,18 @@ STATUSES = {
 
 
 @reaching_the_store()
-def open_run(pipeline: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str:
-    """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run."""
+def open_run(
+    pipeline: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, name: str = ""
+) -> str:
+    """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run.
+
+    ``pipeline`` is its only name of that kind, by which close_run finds it; people read ``name``.
+    """
     client = client_of(tracking_uri())
     run = client.create_run(
-        experiment_id(client, experiment), tags={**with_code_tags(tags), PIPELINE_TAG: pipeline}, run_name=pipeline
+        experiment_id(client, experiment),
+        tags={**with_code_tags(tags), PIPELINE_TAG: pipeline},
+        run_name=name or pipeline,
     )
     log_params(client, run.info.run_id, {key: shorten(value) for key, value in params.items()})
     return run.info.run_id

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("svip", "components", "pipelines")
 LAYERS = (
-    {"svip", "svip.config"},
+    {"svip", "svip.config", "svip.changes"},
     {"svip.data", "svip.semantics", "svip.models", "svip.losses", "svip.tracking"},
     {"svip.training", "svip.evaluation", "svip.sweep"},
     {"svip.steps", "svip.predict", "svip.tuning", "svip.benchmark", "svip.mlflow_model"},
