@@ -36,8 +36,8 @@ class SeenUnseenCurve:
         of_unseen = is_unseen[labels]
         if not of_unseen.any() or of_unseen.all():
             raise ValueError("the seen-unseen curve needs images of seen classes and of unseen classes")
-        best_seen, seen_score = _best(scores, ~is_unseen)
-        best_unseen, unseen_score = _best(scores, is_unseen)
+        best_seen, seen_score = best_among(scores, ~is_unseen)
+        best_unseen, unseen_score = best_among(scores, is_unseen)
         steps, where = np.unique(seen_score - unseen_score, return_inverse=True)
         counts = np.bincount(labels, minlength=scores.shape[1])
         weight = 1 / counts[labels]
@@ -68,7 +68,7 @@ class SeenUnseenCurve:
         return float(np.trapezoid(self.seen, self.unseen))
 
 
-def _best(scores: NDArray[np.floating], among: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def best_among(scores: NDArray[np.floating], among: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Class id [n] and score [n] of the best class among those of the mask [C]."""
     ids = np.flatnonzero(among)
     best = ids[scores[:, ids].argmax(1)]

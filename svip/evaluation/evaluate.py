@@ -1,6 +1,7 @@
 """Evaluation of a checkpoint on the test images, beside the comparator, and the report of what came out.
 
-Writes metrics.json, per_class.csv, curve.csv and predictions.npz (labels, scores and selections of all test images).
+Writes metrics.json, per_class.csv, curve.csv and predictions.npz (labels, scores and selections of all test
+images, and which classes are unseen).
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[st
                 file,
                 rows=test.rows,
                 labels=test.labels,
+                unseen=unseen,
                 scores=scores,
                 selected=test.selected,
                 attributes=test.attributes.numpy(),

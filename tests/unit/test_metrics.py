@@ -267,6 +267,7 @@ def test_evaluation_counts_what_the_saved_scores_say(world: World, evaluated: tu
     metrics, out = evaluated
     with np.load(out / "predictions.npz") as stored:
         scores, labels = stored["scores"], stored["labels"]
+        assert stored["unseen"].tolist() == [4, 5]
         images = torch.from_numpy(np.stack([world.bundle.image(row) for row in stored["rows"]])).permute(0, 3, 1, 2)
         np.testing.assert_allclose(stored["attributes"], world.model.predict(images).attributes, atol=1e-5)
     assert labels.tolist() == [0] * 4 + [1] * 2 + [2] * 2 + [4] * 4 + [5] * 2
