@@ -39,7 +39,7 @@ def run_name(step: str, config: Config, changed: Mapping[str, str], run: str = "
 
 def with_changes(name: str, changed: Mapping[str, str]) -> str:
     """A name and the changes behind it, as many as fit; the number of those that don't."""
-    words = [f"{short_key(key)}={_short_value(value)}" for key, value in changed.items()]
+    words = [f"{short_key(key)}={short_value(value)}" for key, value in changed.items()]
     for shown in range(len(words), -1, -1):
         rest = [f"+{len(words) - shown}"] if shown < len(words) else []
         full = " ".join([name, *words[:shown], *rest])
@@ -75,7 +75,7 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _short_value(text: str) -> str:
+def short_value(text: str) -> str:
     """A path's last part, and an exponent without its zero."""
     name = PurePath(text).name if "/" in text else text
     return name.replace("e-0", "e-") if _is_number(name) else name

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from rich.console import Console
 from rich.markup import escape
 
-from svip.cli import data, model  # noqa: F401  # in this order their commands stand in the help
+from svip.cli import data, model, runs  # noqa: F401  # in this order their commands stand in the help
 from svip.cli.shared import app
 
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svip.steps.comparing import compare
     from svip.steps.data import embed_attributes, prepare_data, push_bundle
     from svip.steps.model import evaluate, figures, import_checkpoint, predict, report, train
     from svip.steps.runs import close_run, open_run
@@ -19,6 +20,7 @@ MODULES = {
     "runs": ("open_run", "close_run"),
     "data": ("prepare_data", "push_bundle", "embed_attributes"),
     "model": ("train", "import_checkpoint", "evaluate", "report", "figures", "predict"),
+    "comparing": ("compare",),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
 }
 """Module -> its steps."""
@@ -26,6 +28,7 @@ __all__ = [
     "ablate",
     "ablate_table",
     "close_run",
+    "compare",
     "embed_attributes",
     "evaluate",
     "figures",
