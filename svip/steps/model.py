@@ -16,10 +16,12 @@ from svip import sweep, tracking
 from svip.changes import run_name
 from svip.config import flatten, load_config, variant
 from svip.data.bundle_cache import open_bundle
+from svip.evaluation.charts import training_charts
 from svip.evaluation.evaluate import check_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
 from svip.evaluation.evaluate import report as make_report
 from svip.evaluation.gallery import draw_figures
+from svip.evaluation.report import markdown_table
 from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.predict import Predictor, write_overlays
@@ -48,9 +50,8 @@ def train(
     ``run``: a run of the ablation, such as ``no_psc:1``, whose overrides come last. ``log_model``: store the trained
     model in MLflow too. The run id, and T1, U, S, H on the validation classes where they were used.
     """
-    own = sweep.ablation_run(run).overrides if run else []
-    config = load_config(preset, [*overrides, *own])
-    made = made_of(config, preset, own)
+    config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
+    made = made_of(config, preset, run)
     data, embedding, directory = open_bundle(bundle), read_embedding(Path(vectors)), Path(out)
     made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
     for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
@@ -90,6 +91,7 @@ def train(
         if not logged.exists() or logged.read_text() != tracker.run_id:
             for name in ("config.yaml", "model.json", "history.json"):
                 tracker.log_artifact(directory / name)
+            tracker.log_artifact(training_charts(directory), "charts")
             if log_model:
                 log.info("model in MLflow: %s", tracking.log_checkpoint_model(tracker, directory) or "none")
             logged.write_text(tracker.run_id)
@@ -159,9 +161,11 @@ def evaluate(
                 numbers |= {f"test/{method}{protocol}/{name}": value for name, value in values.items()}
         tracker.log_metrics(numbers)
         tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})
+        description = {tracking.DESCRIPTION: markdown_table(metrics)}
+        tracker.set_tags(description)
         tracker.log_artifact(Path(out))
         if parent_run_id and not run:
-            tracking.log_to_run(parent_run_id, metrics=numbers)
+            tracking.log_to_run(parent_run_id, metrics=numbers, tags=description)
         return metrics
 
 

@@ -35,9 +35,14 @@ def named(config: Config, run: str, made: Mapping[str, Any]) -> dict[str, str]:
     return {**tags, "preset": made["preset"], "changes": changes_text(made["changes"])}
 
 
-def made_of(config: Config, preset: str, base: Sequence[str] = ()) -> dict[str, Any]:
-    """``preset`` and ``changes``: what is in ``config`` otherwise than in the preset (with the overrides ``base``)."""
-    return {"preset": preset, "changes": changes(config, load_config(preset, base, check=False))}
+def made_of(config: Config, preset: str, run: str = "") -> dict[str, Any]:
+    """``preset``, and ``changes``: what ``config`` has otherwise than the preset (or a ``run`` of its ablation)."""
+    own: list[str] = []
+    if run:
+        from svip import sweep  # imports PyTorch, which open_run can do without
+
+        own = sweep.ablation_run(run).overrides
+    return {"preset": preset, "changes": changes(config, load_config(preset, own, check=False))}
 
 
 def made_of_checkpoint(checkpoint: Path, config: Config, trained: Config) -> dict[str, Any]:

@@ -7,11 +7,12 @@ it goes through MlflowClient, so no run is ever "active" in the process.
 from svip.tracking.lineage import git_sha
 from svip.tracking.models import log_checkpoint_model
 from svip.tracking.pipeline_runs import close_run, open_run
-from svip.tracking.runs import Tracker, log_to_run, open_tracker, runs_of_their_own
+from svip.tracking.runs import DESCRIPTION, Tracker, log_to_run, open_tracker, runs_of_their_own
 from svip.tracking.search import TestedRun, evaluations_of, search_evaluations
 from svip.tracking.store import TrackingError, shown_uri, tracking_uri
 
 __all__ = [
+    "DESCRIPTION",
     "TestedRun",
     "Tracker",
     "TrackingError",

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 """The tag by which MLflow nests runs."""
+DESCRIPTION = "mlflow.note.content"
+"""The tag with the Markdown that MLflow shows on a run's page."""
 
 
 class Tracker:
@@ -157,10 +159,16 @@ def runs_of_their_own() -> Iterator[None]:
             os.environ["MLFLOW_RUN_ID"] = wanted
 
 
-def log_to_run(run_id: str, metrics: Mapping[str, float] | None = None, artifacts: Sequence[Path] = ()) -> None:
+def log_to_run(
+    run_id: str,
+    metrics: Mapping[str, float] | None = None,
+    artifacts: Sequence[Path] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:
     """Add results to a run that goes on being open or closed as it is, such as a pipeline's parent run."""
     tracker = Tracker(client_of(tracking_uri()), run_id)
     tracker.log_metrics(metrics or {})
+    tracker.set_tags(tags or {})
     for path in artifacts:
         tracker.log_artifact(path)
 
