@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from svip.cli.shared import app, console, example, numbers_table
 
@@ -43,11 +45,23 @@ def compare(
     for warning in comparison.warnings:
         console.print(f"[bold red]warning:[/] {escape(warning)}")
     for header, rows in [runs_table(comparison)] + ([groups_table(comparison)] if comparison.groups else []):
-        words = header.index("T1")
-        table = numbers_table(header[:words], header[words:])
-        for row in rows:
-            table.add_row(*(escape(cell) if n < words else cell.replace(" (", "\n(") for n, cell in enumerate(row)))
+        table = _table(header, rows, header)
+        if console.measure(table).maximum > console.width:
+            table = _table(header, rows, ("H", "H - first"))
         console.print(table)
     for text in [*describe(comparison), *comparison.notes]:
         console.print(escape(text), highlight=False)
     print(f"written to {out}: comparison.csv, comparison.html, comparison.md")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], with_interval: Sequence[str]) -> Table:
+    """The table for a terminal: intervals below their number, and in a narrow one in some columns only."""
+    words = header.index("T1")
+    table = numbers_table(header[:words], header[words:])
+    for row in rows:
+        cells = [escape(cell) for cell in row[:words]]
+        for name, cell in zip(header[words:], row[words:], strict=True):
+            number, _, interval = cell.partition(" [")
+            cells.append(f"{number}\n[dim]\\[{interval}[/]" if interval and name in with_interval else number)
+        table.add_row(*cells)
+    return table

@@ -295,7 +295,7 @@ def _brief(key: str, value: str) -> str:
 
 
 def _with_interval(value: float | None, interval: Interval | None, sign: str = "") -> str:
-    return _number(value, 1, sign) + (f" ({interval.low:{sign}.1f} to {interval.high:{sign}.1f})" if interval else "")
+    return _number(value, 1, sign) + (f" [{interval.low:{sign}.1f}, {interval.high:{sign}.1f}]" if interval else "")
 
 
 def _number(value: float | None, digits: int = 1, sign: str = "") -> str:
@@ -311,7 +311,7 @@ def _page_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[A
     words = header.index(COLUMNS[0])
     cells = [[(cell, "") for cell in row[:words]] for row in rows]
     for line, row in zip(cells, rows, strict=True):
-        line += [(value, interval.rstrip(")")) for value, _, interval in (cell.partition(" (") for cell in row[words:])]
+        line += [(value, interval.rstrip("]")) for value, _, interval in (cell.partition(" [") for cell in row[words:])]
     return header, words, cells
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from svip import tracking
 from svip.changes import changes, changes_text, with_changes
-from svip.config import Config, flatten, load_config, variant
+from svip.config import Config, flatten, load_config, presets, variant
 
 MADE_OF = "made_of.json"
 """File of a checkpoint's folder that holds ``made_of``."""
@@ -19,7 +19,8 @@ def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
     """Check the configuration, start the MLflow run that all steps belong to, and return its id."""
     config = load_config(preset, overrides)
     changed = made_of(config, preset)["changes"]
-    name = with_changes(f"{pipeline.partition('-')[0]} {preset}", changed)  # without the job's id
+    # without the job's id, and of a preset that is a file its name alone
+    name = with_changes(f"{pipeline.partition('-')[0]} {preset if preset in presets() else Path(preset).stem}", changed)
     tags = {"preset": preset, "changes": changes_text(changed)}
     return tracking.open_run(pipeline, experiment_of(config), flatten(config), tags, name)
 
