@@ -288,10 +288,10 @@ def _data(entry: Entry) -> str:
 
 
 def _brief(key: str, value: str) -> str:
-    """Eight characters of a digest are enough, and what was uncommitted stays said."""
-    if key == "bundle_sha256":
-        return value[:8] or "-"
-    return (value[:8] + ("-dirty" if value.endswith("-dirty") else "") if key == "code" else value) or "-"
+    """Eight characters of a digest are enough (and whether code was uncommitted), and the name of a preset's file."""
+    if key in ("code", "bundle_sha256"):
+        value = value[:8] + ("-dirty" if value.endswith("-dirty") else "")
+    return (Path(value).name if value.endswith(".yaml") else value) or "-"
 
 
 def _with_interval(value: float | None, interval: Interval | None, sign: str = "") -> str:

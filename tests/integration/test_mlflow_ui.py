@@ -1,7 +1,8 @@
-"""What a person sees of tracked runs in MLflow's pages: a real server, real runs, a real browser without a screen."""
+"""What a person sees of tracked runs, compared and in MLflow's pages: real runs, a real server, a real browser."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from selenium.common.exceptions import TimeoutException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.ui import WebDriverWait
 from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
 
@@ -33,15 +36,20 @@ pytestmark = pytest.mark.slow
 CHANGED = (["optim.lr=1e-5"], ["optim.lr=0.01", "model.selected_groups=4"], ["optim.lr=0.01", "train.seed=1"])
 """What the three pipeline runs change of the preset ``tiny``."""
 NAMES = ("lr=1e-5", "M=4 lr=0.01", "lr=0.01 seed=1")
+ROLES = {
+    role: [*roles, *["test_unseen" if role == "test_unseen" else "test_seen"] * 4]
+    for role, roles in IMAGE_ROLES.items()
+}
+"""More images to test on, so that accuracies are no round numbers."""
 PATIENCE = 180
 """Seconds to wait for what a page should show; on a busy machine its scripts take many."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """A server, and the pipeline runs in its store."""
+    """A store with pipeline runs."""
 
-    address: str
+    uri: str
     client: MlflowClient
     experiment: str
     parents: list[str]
@@ -57,12 +65,12 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """Three small pipeline runs, made by the steps themselves, and a server that shows them."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Three small pipeline runs, made by the steps themselves."""
     folder = tmp_path_factory.mktemp("ui")
     uri, preset = f"sqlite:///{folder}/mlflow.db", str(folder / "tiny.yaml")
     Path(preset).write_text(to_yaml(load_config("smoke", [*TINY, "optim.epochs=2"])))
-    bundle = write_bundle(folder / "bundle", IMAGE_ROLES)
+    bundle = write_bundle(folder / "bundle", ROLES)
     vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
     write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder / "words")
     data, parents = str(bundle.path), []
@@ -78,8 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             parents.append(parent)
     client = MlflowClient(uri)
     (experiment,) = client.search_experiments(filter_string="name = 'svip/synthetic'")
-    with served(uri, folder / "server.log") as address:
-        yield Runs(address, client, experiment.experiment_id, parents)
+    return Runs(uri, client, experiment.experiment_id, parents)
 
 
 @contextmanager
@@ -139,6 +146,25 @@ class Browser:
             self.driver.save_screenshot(str(self.shots / f"{name}.png"))
         return self._text()
 
+    def expand_rows(self) -> None:
+        """Press all arrows before runs that hold others."""
+        for button in self.driver.find_elements(By.CSS_SELECTOR, "button[data-component-id*='runnamecellrenderer']"):
+            self.driver.execute_script("arguments[0].click()", button)
+
+    def has_image(self) -> None:
+        """Wait until the page shows a picture."""
+        script = "return [...document.images].some(image => image.naturalWidth > 300 && image.offsetWidth > 100)"
+        WebDriverWait(self.driver, PATIENCE, 0.5).until(lambda driver: driver.execute_script(script))
+        self.driver.save_screenshot(str(self.shots / "image.png"))
+
+    def has_frame(self, expected: str) -> None:
+        """Wait until a page within the page shows the text."""
+        wait = WebDriverWait(self.driver, PATIENCE, 0.5)
+        wait.until(expected_conditions.frame_to_be_available_and_switch_to_it((By.TAG_NAME, "iframe")))
+        wait.until(lambda _: expected in self._text())
+        self.driver.switch_to.default_content()
+        self.driver.save_screenshot(str(self.shots / "frame.png"))
+
     def _missing(self, expected: tuple[str, ...]) -> list[str]:
         text = self._text()
         return [part for part in expected if part not in text]
@@ -169,9 +195,78 @@ def browser(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Br
     ):
         options.add_argument(flag)
     shots = Path(os.environ.get("SVIP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    driver = Chrome(options=options, service=ChromeService(str(programs[1])))
-    driver.set_page_load_timeout(PATIENCE)
-    try:
-        yield Browser(driver, runs.address, shots)
-    finally:
-        driver.quit()
+    with served(runs.uri, tmp_path_factory.mktemp("server") / "log") as address:
+        driver = Chrome(options=options, service=ChromeService(str(programs[1])))
+        driver.set_page_load_timeout(PATIENCE)
+        try:
+            yield Browser(driver, address, shots)
+        finally:
+            driver.quit()
+
+
+def test_the_steps_leave_names_changes_and_pictures(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for parent, name, changed in zip(runs.parents, NAMES, CHANGED, strict=True):
+        whole, train, test = (runs.client.get_run(parent), runs.child(parent, "train"), runs.child(parent, "evaluate"))
+        assert whole.info.run_name == f"experiment tiny {name}"
+        assert (train.info.run_name, test.info.run_name) == (f"train-svip {name}", f"evaluate-svip {name}")
+        for run in (whole, train, test):
+            assert set(run.data.tags["changes"].split(", ")) == {text.replace("1e-5", "1e-05") for text in changed}
+            assert run.data.tags["preset"].endswith("tiny.yaml")
+        for run in (whole, test):
+            assert f"| {run.data.metrics['test/H']:.1f} |" in run.data.tags["mlflow.note.content"].replace("**", "")
+        charts = [
+            {file.path for file in runs.client.list_artifacts(run.info.run_id, "charts")} for run in (train, test)
+        ]
+        assert charts == [
+            {"charts/losses.png", "charts/validation.png"},
+            {
+                f"charts/{name}.png"
+                for name in ("seen_classes", "unseen_classes", "seen_unseen_curve", "unseen_confusions")
+            },
+        ]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.uri)
+    compared = steps.compare([runs.parents[0], f"experiment tiny {NAMES[1]}", runs.parents[2][:10]], out=str(tmp_path))
+    assert [set(line.differing) for line in compared.lines] == [{"M", "lr", "seed"}] * 3
+    for line in compared.lines:
+        assert line.intervals["H"].value == pytest.approx(line.entry.numbers["H"]), "from the scores, as evaluated"
+
+
+def test_the_page_of_an_experiment_nests_steps_in_pipelines_named_by_what_they_change(
+    runs: Runs, browser: Browser
+) -> None:
+    browser.open(f"/experiments/{runs.experiment}/runs", *(f"experiment tiny {name}" for name in NAMES))
+    browser.expand_rows()
+    steps_of = [f"{step}-svip {name}" for step in ("train", "evaluate") for name in NAMES]
+    browser.shows("experiment", *steps_of)
+
+
+def test_the_comparison_of_three_runs_has_their_names_changes_and_h(runs: Runs, browser: Browser) -> None:
+    chosen = [runs.child(parent, "evaluate") for parent in runs.parents]
+    ids = json.dumps([run.info.run_id for run in chosen])
+    names = [run.info.run_name for run in chosen]
+    values = [runs.h(run.info.run_id) for run in chosen]
+    browser.open(f'/compare-runs?runs={ids}&experiments=["{runs.experiment}"]', *names, "test/H", "optim.lr", *values)
+
+
+def test_the_page_of_an_evaluation_has_its_results_and_its_pictures(runs: Runs, browser: Browser) -> None:
+    run = runs.child(runs.parents[1], "evaluate")
+    page = f"/experiments/{runs.experiment}/runs/{run.info.run_id}"
+    h = runs.h(run.info.run_id)
+    browser.open(page, f"evaluate-svip {NAMES[1]}", "gamma chosen on the validation classes", "test/H", h, "changes")
+    browser.open(f"{page}/artifacts/charts/unseen_confusions.png", "unseen_confusions.png")
+    browser.has_image()
+
+
+def test_the_page_of_a_pipeline_shows_its_report(runs: Runs, browser: Browser) -> None:
+    page = f"/experiments/{runs.experiment}/runs/{runs.parents[0]}/artifacts/report.html"
+    browser.open(page, "report.html")
+    browser.has_frame("How to read the numbers")
+
+
+def test_the_page_of_a_training_links_its_model(runs: Runs, browser: Browser) -> None:
+    run = runs.child(runs.parents[0], "train")
+    browser.open(f"/experiments/{runs.experiment}/runs/{run.info.run_id}", f"train-svip {NAMES[0]}", "val/H", "model")
+    (model,) = runs.client.search_logged_models([runs.experiment])
+    browser.open(f"/experiments/{runs.experiment}/models/{model.model_id}", "model", f"train-svip {NAMES[0]}")
