@@ -37,7 +37,9 @@ def main() -> None:
         show("svip's tracker", spent, time.perf_counter() - ended)
 
         client = MlflowClient(proxy.uri)
-        run_id = client.create_run(client.get_experiment_by_name("svip/benchmark").experiment_id).info.run_id
+        experiment = client.get_experiment_by_name("svip/benchmark")
+        assert experiment is not None
+        run_id = client.create_run(experiment.experiment_id).info.run_id
 
         def log(metrics: dict[str, float], step: int) -> None:
             now = int(time.time() * 1000)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 # in this order their commands stand in the help
-from svip.cli import data, doctor, model, registry, tracking, tuning  # noqa: F401
+from svip.cli import data, doctor, model, registry, runs, tracking, tuning  # noqa: F401
 from svip.cli.shared import app
 
 

@@ -1,7 +1,7 @@
 """Evaluation of a checkpoint on the test images, beside the comparator, and the report of what came out.
 
 Writes metrics.json, per_class.csv, curve.csv and predictions.npz (labels, scores and selections of all test
-images, and which classes are unseen).
+images, and which classes are unseen), and draws charts/.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from svip.data.bundle import TRAINVAL, Bundle
 from svip.data.images import square
 from svip.evaluation import eszsl
 from svip.evaluation.calibration import SeenUnseenCurve
+from svip.evaluation.charts import evaluation_charts
 from svip.evaluation.inference import Predictions, choose_device, deciding, distinctions, frozen_features, predict
 from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
 from svip.evaluation.report import Example, markdown_table, write_report
@@ -82,6 +83,7 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[st
         write_atomically(out / "predictions.npz", save)
         write_text(out / "results.md", markdown_table(metrics))
         write_json(out / "metrics.json", metrics)
+        evaluation_charts(out, metrics)
         return metrics
 
     return distributed.on_main(write)

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svip.steps.comparing import compare
     from svip.steps.data import embed_attributes, prepare_data, push_bundle
     from svip.steps.model import evaluate, figures, import_checkpoint, predict, report
     from svip.steps.registry import register
@@ -26,6 +27,7 @@ MODULES = {
     "model": ("import_checkpoint", "evaluate", "report", "figures", "predict"),
     "reruns": ("rerun",),
     "registry": ("register",),
+    "comparing": ("compare",),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
     "tuning": ("tune", "plan_tuning", "tune_worker", "tuning_report", "tuning_dashboard"),
 }
@@ -34,6 +36,7 @@ __all__ = [
     "ablate",
     "ablate_table",
     "close_run",
+    "compare",
     "data_settings",
     "embed_attributes",
     "evaluate",

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 
 from svip import tracking
+from svip.changes import run_name
 from svip.config import flatten, load_config, variant
 from svip.data.bundle_cache import open_bundle
 from svip.evaluation.evaluate import check_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
 from svip.evaluation.evaluate import report as make_report
 from svip.evaluation.gallery import draw_figures
+from svip.evaluation.report import markdown_table
 from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.predict import Predictor, write_overlays
 from svip.semantics.vectors import read_vectors
 from svip.steps.provenance import lineage_tags, record_lineage, used_data
-from svip.steps.runs import experiment_of, named
+from svip.steps.runs import MADE_OF, experiment_of, made_of, made_of_checkpoint, named
 from svip.training import distributed
 from svip.training.checkpoint import read_config, save_model, write_classes, write_json
 
@@ -59,6 +61,7 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         write_json(temporary / "history.json", [])
+        write_json(temporary / MADE_OF, made_of(config, preset))
         if data:
             write_classes(temporary, data.classes)
         save_model(temporary, model, config, info)
@@ -87,15 +90,16 @@ def _evaluate(
     config = read_config(Path(checkpoint), overrides)
     trained_by = Path(checkpoint) / "run_id"
     train_run_id = trained_by.read_text().strip() if trained_by.exists() else ""
+    made = made_of_checkpoint(Path(checkpoint), config, read_config(Path(checkpoint)))
     tags = {
         "step": "evaluate",
         "train_run_id": train_run_id,
         **lineage_tags(config, data, bundle),
-        **named(config, run),
+        **named(config, run, made),
     }
     with tracking.open_tracker(
         experiment_of(config),
-        f"evaluate-{run or variant(config)}",
+        run_name("evaluate", config, made["changes"], run),
         parent_run_id=parent_run_id or None,
         tags=tags,
         enabled=distributed.is_main(),
@@ -111,9 +115,11 @@ def _evaluate(
                 numbers |= {f"test/{method}{protocol}/{name}": value for name, value in values.items()}
         tracking.log_results(tracker, numbers, train_run_id, used_data(data, bundle, "testing"))
         tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})
+        description = {tracking.DESCRIPTION: markdown_table(metrics)}
+        tracker.set_tags(description)
         tracker.log_artifact(Path(out))
         if parent_run_id and not run and distributed.is_main():
-            tracking.log_to_run(parent_run_id, metrics=numbers)
+            tracking.log_to_run(parent_run_id, metrics=numbers, tags=description)
         return metrics
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from svip import sweep, tracking
-from svip.config import Config, flatten, load_config, variant
+from svip.changes import run_name
+from svip.config import Config, flatten, load_config
 from svip.data import s3
+from svip.evaluation.charts import training_charts
 from svip.steps.inputs import open_inputs
 from svip.steps.provenance import lineage_tags, record_lineage
-from svip.steps.runs import experiment_of, named
+from svip.steps.runs import MADE_OF, experiment_of, made_of, named
 from svip.training import distributed
-from svip.training.checkpoint import CheckpointError, read_info
+from svip.training.checkpoint import CheckpointError, read_info, write_json
 from svip.training.launch import asked, launch, processes_for
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
@@ -125,10 +127,11 @@ def _train(
         check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
         return record.read_text().strip() if record.exists() else None
 
-    tags = {"preset": preset, "step": "train", **lineage_tags(config, data, bundle), **named(config, run)}
+    made = made_of(config, preset, run)
+    tags = {"step": "train", **lineage_tags(config, data, bundle), **named(config, run, made)}
     with tracking.open_tracker(
         experiment_of(config),
-        f"train-{run or variant(config)}",
+        run_name("train", config, made["changes"], run),
         parent_run_id=parent_run_id or None,
         run_id=distributed.on_main(fetched),
         tags=tags,
@@ -138,6 +141,7 @@ def _train(
         def begin() -> None:
             directory.mkdir(parents=True, exist_ok=True)
             record.write_text(tracker.run_id)
+            write_json(directory / MADE_OF, made)
             tracker.log_params(flatten(config))
             record_lineage(tracker, config, data, bundle, embedding, vectors)
 
@@ -151,6 +155,7 @@ def _train(
             if not logged.exists() or logged.read_text() != tracker.run_id:
                 for name in ("config.yaml", "model.json", "history.json"):
                     tracker.log_artifact(directory / name)
+                tracker.log_artifact(training_charts(directory), "charts")
                 if log_model:
                     log.info("model in MLflow: %s", tracking.log_checkpoint_model(tracker, directory) or "none")
                 logged.write_text(tracker.run_id)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NAME_TAG = "mlflow.runName"
-"""The tag by which MLflow names runs."""
 PIPELINE_TAG = "pipeline"
 STATUSES = {
     "FINISHED": "FINISHED",
@@ -35,18 +33,20 @@ def open_run(
     experiment: str,
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
+    name: str = "",
     continues: str = "",
 ) -> str:
     """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run.
 
-    Where the pipeline ``continues`` one that has a run, that run is opened again, under the new name. It is a local id
+    ``pipeline`` is its only name of that kind, by which close_run finds it; people read ``name``. Where the pipeline
+    ``continues`` one that has a run, that run is opened again. It is a local id
     where the server doesn't answer: the steps may use it like any other.
     """
     tags = {**with_code_tags(tags), PIPELINE_TAG: pipeline}
     earlier = _run_of(continues) if continues else ""
     if earlier:
-        tags = {PIPELINE_TAG: pipeline, NAME_TAG: pipeline}
-    tracker = open_run_of(earlier, experiment=experiment, run_name=pipeline, tags=tags, owns=False)
+        tags = {PIPELINE_TAG: pipeline}
+    tracker = open_run_of(earlier, experiment=experiment, run_name=name or pipeline, tags=tags, owns=False)
     if not earlier:
         tracker.log_params(params)
     tracker.leave()

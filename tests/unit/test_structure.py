@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("svip", "components", "pipelines")
 LAYERS = (
-    {"svip", "svip.config"},
+    {"svip", "svip.config", "svip.changes"},
     {"svip.data", "svip.semantics", "svip.models", "svip.losses", "svip.tracking"},
     {"svip.training", "svip.evaluation", "svip.sweep", "svip.trainjob"},
     {"svip.steps", "svip.predict", "svip.tuning", "svip.benchmark", "svip.mlflow_model", "svip.doctor"},
@@ -103,7 +103,7 @@ def test_files_stay_short_enough_to_be_read() -> None:
     lines = {path: _lines(path) for package in OURS for path in (ROOT / package).rglob("*.py")}
     assert not {path.name: count for path, count in lines.items() if count > 400}
     svip = sum(count for path, count in lines.items() if path.is_relative_to(ROOT / "svip"))
-    assert svip <= 14500
+    assert svip <= 15500
     assert sum(lines.values()) - svip <= 2800
 
 
