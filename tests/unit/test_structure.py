@@ -103,7 +103,7 @@ def test_files_stay_short_enough_to_be_read() -> None:
     lines = {path: _lines(path) for package in OURS for path in (ROOT / package).rglob("*.py")}
     assert not {path.name: count for path, count in lines.items() if count > 400}
     svip = sum(count for path, count in lines.items() if path.is_relative_to(ROOT / "svip"))
-    assert svip <= 12000
+    assert svip <= 13000
     assert sum(lines.values()) - svip <= 1700
 
 
