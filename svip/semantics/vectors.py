@@ -104,7 +104,8 @@ def write_embedding(embedding: Embedding, out: Path | str) -> None:
         np.save(temporary / "vectors.npy", embedding.vectors, allow_pickle=False)
         (temporary / "attributes.txt").write_text("\n".join(embedding.names) + "\n", encoding="utf-8")
         (temporary / "report.json").write_text(json.dumps(embedding.report, indent=2) + "\n", encoding="utf-8")
-        (temporary / "report.md").write_text(_markdown(embedding), encoding="utf-8")
+        if embedding.report:  # vectors made by hand have none
+            (temporary / "report.md").write_text(_markdown(embedding), encoding="utf-8")
         if out.exists():
             os.replace(out, old)
         os.replace(temporary, out)

@@ -83,6 +83,7 @@ def history(out: Path, number: int) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 
 
+@pytest.mark.slow
 def test_a_killed_workers_trial_goes_on_from_its_checkpoint_and_ends_as_if_nothing_had_happened(
     inputs: tuple[str, str, str], tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ What is trained is a cheap function of the parameters; storage, processes, signa
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -76,9 +77,15 @@ def databases(postgres: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     yield addresses
 
 
-def trials_of(address: str, name: str) -> list[FrozenTrial]:
+@functools.cache
+def study_of(address: str, name: str) -> optuna.Study:
+    """One for all looks at it, as each has connections of its own."""
     url = address.replace("postgresql://", "postgresql+psycopg2://")
-    return optuna.load_study(study_name=name, storage=url).trials
+    return optuna.load_study(study_name=name, storage=url)
+
+
+def trials_of(address: str, name: str) -> list[FrozenTrial]:
+    return study_of(address, name).trials
 
 
 def wait_for_trial_of(pid: int, address: str, name: str) -> FrozenTrial:
@@ -90,6 +97,7 @@ def wait_for_trial_of(pid: int, address: str, name: str) -> FrozenTrial:
         started = sum(trial.state.is_finished() for trial in trials) > 8
         if started and mine and mine[-1].state is TrialState.RUNNING and mine[-1].intermediate_values:
             return mine[-1]
+        time.sleep(0.02)
     raise AssertionError("no trial of that worker was seen")
 
 
