@@ -124,7 +124,7 @@ class Run:
 
     def wait_for(self, line: str) -> int:
         """Wait until it said so; the process of the step that runs."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while line not in self.said:
             assert time.monotonic() < deadline and self.process.poll() is None, self.said
             time.sleep(0.1)
@@ -169,7 +169,10 @@ def test_the_command_of_a_pipeline_that_was_killed_goes_on_with_its_training(tmp
     first.process.wait(60)
 
     again = Run(tmp_path, *settings)
-    assert again.process.wait(180) == 0, again.said
+    try:
+        assert again.process.wait(600) == 0, again.said
+    finally:
+        again.process.terminate()
     assert "select: resumed after epoch 1" in again.said
     assert "select epoch 1: loss" not in again.said
     parent, nested = statuses(tmp_path)
