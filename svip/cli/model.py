@@ -35,10 +35,13 @@ def train(
     preset: Preset = "smoke",
     resume: Annotated[bool, typer.Option(help="Go on with what is in --out, bit for bit, or refuse to.")] = True,
     processes: Annotated[
-        int, typer.Option(min=0, help="Processes of each machine. [default: $SVIP_PROCESSES, else one a GPU]")
+        int, typer.Option(min=0, help="Processes of each machine.", show_default="$SVIP_PROCESSES, else one a GPU")
     ] = 0,
     nodes: Annotated[
-        int, typer.Option(min=0, help="Machines: more than one are a Kubeflow TrainJob. [default: $SVIP_NODES, else 1]")
+        int,
+        typer.Option(
+            min=0, help="Machines: more than one are a Kubeflow TrainJob.", show_default="$SVIP_NODES, else 1"
+        ),
     ] = 0,
     run: Annotated[str, typer.Option(help="A run of the ablation, such as `no_psc:1`.")] = "",
     log_model: Annotated[bool, typer.Option(help="Store the trained model in MLflow too.")] = True,
