@@ -234,4 +234,5 @@ def test_logging_that_broke_off_is_finished_and_done_once(checkpoint: Path, stor
         assert uri == f"models:/{begun.model_id}" == log_checkpoint_model(tracker, checkpoint)
     (model,) = client.search_logged_models([experiment])
     assert model.status == "READY"
-    assert [output.model_id for output in client.get_run(tracker.run_id).outputs.model_outputs] == [begun.model_id]
+    outputs = client.get_run(tracker.run_id).outputs
+    assert outputs and [output.model_id for output in outputs.model_outputs] == [begun.model_id]
