@@ -34,7 +34,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     keys = {"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}
     users = {"identities": [{"name": "tester", "credentials": [keys], "actions": ["Admin"]}]}
     (folder / "users.json").write_text(json.dumps(users))
-    ports = _free_ports(8)
+    ports = free_ports(8)
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
     options = [f"-{name}={port}" for name, port in zip((*names, "s3.port", "s3.port.grpc"), ports, strict=True)]
     command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", *options]
@@ -65,7 +65,7 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     raise RuntimeError(f"the S3 server did not start:\n{log.read_text()[-2000:]}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with ExitStack() as held:  # all at once, so that they differ
         probes = [held.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

@@ -6,6 +6,7 @@ from kfp import dsl
 
 from components.ablate_table.component import ablate_table
 from components.close_run.component import close_run
+from components.data_settings.component import data_settings
 from components.embed_attributes.component import embed_attributes
 from components.evaluate.component import evaluate
 from components.open_run.component import open_run
@@ -20,16 +21,19 @@ def ablation(
     overrides: List[str] = [],  # noqa: B006 (kfp wants the default here)
     variants: List[str] = ["baseline", "full"],  # noqa: B006
     seeds: int = 1,
+    continues: str = "",
 ):
-    """``preset`` and ``overrides`` as in ``svip.config.load_config``; ``variants`` may be ``["all"]``."""
+    """As ``experiment``, for each of ``variants`` (``["all"]``: of Table 2) with each of so many seeds."""
     job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
     closing = close_run(pipeline="ablation", job=job).set_caching_options(False)
     with dsl.ExitHandler(closing, name="steps"):
         runs = plan_ablation(variants=variants, seeds=seeds)
-        parent = open_run(pipeline="ablation", job=job, preset=preset, overrides=overrides)
+        parent = open_run(pipeline="ablation", job=job, preset=preset, overrides=overrides, continues=continues)
         parent.set_caching_options(False).after(runs)
-        bundle = prepare_data(preset=preset, overrides=overrides).after(parent).outputs["bundle"]
-        vectors = embed_attributes(bundle=bundle, preset=preset, overrides=overrides).outputs["vectors"]
+        settings = data_settings(preset=preset, overrides=overrides).set_caching_options(False).after(parent)
+        data = {"preset": "smoke", "overrides": settings.output}  # as in experiment
+        bundle = prepare_data(**data).outputs["bundle"]
+        vectors = embed_attributes(bundle=bundle, **data).outputs["vectors"]
         # one loop over strings: kfp.local runs no loop in a loop
         with dsl.ParallelFor(runs.output, name="runs") as run:
             checkpoint = train(

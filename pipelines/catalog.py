@@ -21,6 +21,17 @@ RESULTS = {
         "ablation.csv": "ablate-table/files/ablation.csv",
         "ablation.html": "ablate-table/page",
     },
+    "tuning": {
+        **DATA,
+        "tuning.html": "tuning-report/page",
+        "best.yaml": "tuning-report/files/best.yaml",
+        "trials.csv": "tuning-report/files/trials.csv",
+        "checkpoint": "train/checkpoint",
+        "evaluation": "evaluate/evaluation",
+        "metrics.json": "evaluate/evaluation/metrics.json",
+        "report.html": "report/page",
+        "results.md": "report/files/results.md",
+    },
 }
 """Pipeline -> what a run leaves in its output folder -> where Kubeflow put it, as TASK/ARTIFACT."""
 PIPELINES = tuple(RESULTS)

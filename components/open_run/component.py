@@ -8,8 +8,8 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def open_run(pipeline: str, job: str, preset: str, overrides: List[str]) -> str:
-    """Start the parent run, named after the pipeline and its job; its id."""
+def open_run(pipeline: str, job: str, preset: str, overrides: List[str], continues: str = "") -> str:
+    """Start the parent run, named after the pipeline and its job, or open that of the job that it continues; its id."""
     from svip import steps
 
-    return steps.open_run(f"{pipeline}-{job}", preset, overrides)
+    return steps.open_run(f"{pipeline}-{job}", preset, overrides, continues and f"{pipeline}-{continues}")

@@ -20,6 +20,8 @@ def train(
     run: str = "",
 ):
     """Write the checkpoint directory; what was reached on the validation classes becomes metrics."""
+    import shutil
+
     from svip import steps
 
     result = steps.train(
@@ -28,3 +30,4 @@ def train(
     checkpoint.metadata["run_id"] = result.pop("run_id")
     for name, value in result.items():
         metrics.log_metric(name, value)
+    shutil.copyfile(f"{checkpoint.path}/model.json", metrics.path)

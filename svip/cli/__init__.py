@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from importlib.metadata import entry_points
 
 from rich.console import Console
 from rich.markup import escape
 
-from svip.cli import data, model, registry, tracking  # noqa: F401  # in this order their commands stand in the help
+# in this order their commands stand in the help
+from svip.cli import data, doctor, model, registry, runs, tracking, tuning  # noqa: F401
 from svip.cli.shared import app
 
 
@@ -25,6 +27,11 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from svip.training.launch import left_to_others
+
+            if left_to_others(error):
+                sys.exit(1)
         message = escape(str(error) or type(error).__name__)
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {message}", soft_wrap=True)
         sys.exit(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from svip.cli.shared import Bundle, Out, Overrides, Preset, app, console, example, numbers_table, quoted
+
+log = logging.getLogger(__name__)
 
 Package = Annotated[
     str,
@@ -27,6 +31,8 @@ def datasets(
     """List the data sets and word vectors that can be fetched, and what of them is there."""
     from svip.data.inventory import inventory
 
+    if not root.is_dir():
+        log.warning("%s does not exist: nothing is there yet", root)
     packages = inventory(root)
     if as_json:
         print(json.dumps(packages, indent=2))
@@ -153,6 +159,10 @@ def prepare_data(
     for role, count in info["counts"]["images"].items():
         table.add_row(role, f"{count:,}")
     console.print(table)
+    if missing := info["counts"]["missing"]:
+        print(f"{missing:,} listed photos are missing: {_first(info['missing'], missing)}")
+    if dropped := info.get("dropped_classes"):
+        print(f"{len(dropped):,} classes are left out for having none: {_first(dropped, len(dropped))}")
 
 
 @app.command(
@@ -212,6 +222,11 @@ def _usual_preset(dataset: str | None, like: str | None) -> str:
     if dataset in (None, "synthetic"):
         return f"paper/{like}" if like else "smoke"
     return "paper/cub" if dataset in ("apy", "custom") else f"paper/{dataset}"
+
+
+def _first(names: Sequence[str], count: int, shown: int = 5) -> str:
+    """The first of ``count`` names; bundle.json has more of them."""
+    return ", ".join(names[:shown]) + (", ... (bundle.json names more)" if count > shown else "")
 
 
 def _found(package: dict[str, Any]) -> str:

@@ -30,17 +30,33 @@ from svip.cli.shared import (
 @app.command(epilog=example("svip train -p paper/cub --bundle bundle --vectors words -o run optim.lr=1e-5"))
 def train(
     bundle: Bundle,
-    vectors: Vectors,
-    out: Out,
+    vectors: Annotated[str, typer.Option(help="Folder that `svip embed-attributes` wrote, or its s3:// address.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write to, or an s3:// address to keep it at.")],
     preset: Preset = "smoke",
     resume: Annotated[bool, typer.Option(help="Go on with what is in --out, bit for bit, or refuse to.")] = True,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes of each machine.", show_default="$SVIP_PROCESSES, else one a GPU")
+    ] = 0,
+    nodes: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Machines: more than one are a Kubeflow TrainJob.", show_default="$SVIP_NODES, else 1"
+        ),
+    ] = 0,
+    run: Annotated[str, typer.Option(help="A run of the ablation, such as `no_psc:1`.")] = "",
+    log_model: Annotated[bool, typer.Option(help="Store the trained model in MLflow too.")] = True,
     parent_run_id: Parent = "",
     overrides: Overrides = None,
 ) -> None:
     """Choose epoch and gamma on the validation classes, then train the model to keep on trainval."""
     from svip import steps
+    from svip.training.distributed import speaks
 
-    result = steps.train(bundle, str(vectors), str(out), preset, overrides or [], parent_run_id, resume)
+    result = steps.train(
+        bundle, vectors, out, preset, overrides or [], parent_run_id, resume, run, log_model, processes, nodes
+    )
+    if not speaks():
+        return
     print(f"trained: {out} (MLflow run {result['run_id']})")
     reached = [f"{name.removeprefix('val/')} {value:.1f}" for name, value in result.items() if name != "run_id"]
     if reached:
@@ -87,9 +103,12 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: T1, U, S, H by each protocol, beside eszsl and chance."""
     from svip import steps
+    from svip.training.distributed import speaks
 
-    print_metrics(steps.evaluate(str(checkpoint), bundle, str(out), parent_run_id, overrides=overrides or []))
-    print(f"written to {out}: metrics.json, per_class.csv, curve.csv, predictions.npz")
+    metrics = steps.evaluate(str(checkpoint), bundle, str(out), parent_run_id, overrides=overrides or [])
+    if speaks():
+        print_metrics(metrics)
+        print(f"written to {out}: metrics.json, per_class.csv, curve.csv, predictions.npz")
 
 
 @app.command(epilog=example("svip ablate --bundle bundle --vectors words -o ablation --seeds 3"))

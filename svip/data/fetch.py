@@ -74,17 +74,16 @@ def mirror(name: str, root: Path, to: str) -> list[str]:
     """Copy the archives of ``name`` below ``root`` to the folder or s3:// address ``to``; the names of those copied.
 
     An archive goes first and its checksums last; what is there with the same checksum is skipped. DataError where an
-    archive was not fetched, or is not the published one.
+    archive was not fetched, or is not the published one; those that come after it are copied all the same.
     """
     if is_remote(to) and not to.startswith("s3://"):
         raise DataError(f"{shown(to)}: files can be put on s3://bucket/prefix or into a folder")
-    copied = []
+    copied, absent = [], []
     for archive in archives_of(name):
         place = _place(archive, root)
         if not place.exists():
-            again = " --again" if presence(archive, root).complete else ""
-            command = f"svip fetch {name} --root {root}{again}"
-            raise DataError(f"{place} is not there; run `{command}` first, without --discard-archives")
+            absent.append(archive)
+            continue
         record = download((), place, _published(archive))  # checks it, unless that was done
         if _is_mirrored(archive, record, to):
             log.info("%s is mirrored already", archive.name)
@@ -96,6 +95,13 @@ def mirror(name: str, root: Path, to: str) -> list[str]:
             write_json(notes, parts)
             _put(notes, _join(to, notes.name))
         copied.append(archive.name)
+    if absent:
+        again = " --again" if any(presence(archive, root).complete for archive in absent) else ""
+        places = ", ".join(str(_place(archive, root)) for archive in absent)
+        raise DataError(
+            f"{places} {'is' if len(absent) == 1 else 'are'} not there; run `svip fetch {name} --root {root}{again}` "
+            "first, without --discard-archives" + (f" ({', '.join(copied)} were copied)" if copied else "")
+        )
     return copied
 
 

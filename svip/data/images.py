@@ -118,10 +118,10 @@ class EpochBatches(Sampler[list[Item]]):
     """The batches of one epoch, as lists of (epoch, position).
 
     All processes draw the same permutation of 0..count-1 from (seed, epoch) and cut it into global batches of
-    ``batch_size``; process ``rank`` of ``world`` gets every world-th item of each. No position is repeated to fill
-    up, so the last global batch may be smaller, or absent on some ranks: training in several processes wants
-    ``drop_last``. Without ``reshuffle`` every epoch has the order of the first. ``start_batch`` leaves out that many
-    global batches at the front, exactly as if they had run.
+    ``batch_size``; process ``rank`` of ``world`` gets every world-th item of each. The last global batch may be
+    smaller: a process for which it has nothing left gets its first item, and ``sizes`` says that this does not count.
+    Without ``reshuffle`` every epoch has the order of the first. ``start_batch`` leaves out that many global batches at
+    the front, exactly as if they had run.
     """
 
     def __init__(
@@ -146,9 +146,14 @@ class EpochBatches(Sampler[list[Item]]):
         self.order_epoch = epoch if reshuffle else 0
 
     def _starts(self) -> range:
-        """First position of this rank in each of its batches."""
+        """Where each global batch starts."""
         stop = self.count - self.count % self.batch_size if self.drop_last else self.count
-        return range(self.start_batch * self.batch_size + self.rank, stop, self.batch_size)
+        return range(self.start_batch * self.batch_size, stop, self.batch_size)
+
+    def sizes(self, batch: int) -> tuple[int, int]:
+        """How many images of a global batch (from 0) are this process's, and how many it has."""
+        whole = min(self.batch_size, self.count - batch * self.batch_size)
+        return len(range(self.rank, whole, self.world)), whole
 
     def __len__(self) -> int:
         return len(self._starts())
@@ -162,8 +167,9 @@ class EpochBatches(Sampler[list[Item]]):
             )
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mixed)).numpy()
         for start in self._starts():
-            stop = min(start - self.rank + self.batch_size, self.count)
-            yield [(self.epoch, position) for position in order[start : stop : self.world].tolist()]
+            batch = order[start : start + self.batch_size]
+            own = batch[self.rank :: self.world].tolist() or batch[:1].tolist()
+            yield [(self.epoch, position) for position in own]
 
 
 def loader(

@@ -59,16 +59,31 @@ class Plan:
         """Whether a bundle.json is that of a bundle from the same source with the same settings."""
         return all(info.get(key) == self.info[key] for key in ("settings", "source"))
 
-    def make(self, out: Path) -> Bundle:
-        """The bundle in the folder ``out``, which is written unless it is there."""
+    def make(self, out: Path, replace: bool = False) -> Bundle:
+        """The bundle in the folder ``out``, which is written unless it is there.
+
+        DataError where another whole bundle is there, unless that is to be replaced.
+        """
         try:
             found = read_bundle(out)
         except BundleError:
             return self.write(out)
         if not self.made(found.info):
-            return self.write(out)
+            if replace:
+                return self.write(out)
+            raise DataError(
+                f"{out} holds another bundle ({self._differences(found.info)}); give another --out, or delete it first"
+            )
         log.info("%s already holds this bundle (%d images); nothing to do", out, len(found.split))
         return found
+
+    def _differences(self, info: Mapping[str, Any]) -> str:
+        """What makes a bundle.json another one's: its settings, else its source."""
+        there, here = info.get("settings", {}), self.info["settings"]
+        names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+        if not names:
+            return "of other photos or another listing"
+        return ", ".join(f"data.{name}={there.get(name)} instead of {here.get(name)}" for name in names)
 
 
 def prepare_data(config: Config, out: Path) -> Bundle:

@@ -110,6 +110,32 @@ def upload(file: Path, address: str, progress: Callable[[int], Any] | None = Non
         raise DataError(f"{address}: {found:,} bytes arrived of {size:,}; upload it again")
 
 
+def fetch(address: str, file: Path) -> None:
+    """Write one object to ``file``, large ones in parallel parts; DataError when another size arrives.
+
+    The file is no safer than its folder: it is for who knows what to do with half of it (else see ``transfer``).
+    """
+    from boto3.s3.transfer import TransferConfig
+
+    bucket, key = split_address(address)
+    config = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=4)
+    with translated(address):
+        size = client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+        with open(file, "wb") as body:
+            client().download_fileobj(bucket, key, body, Config=config)
+    found = file.stat().st_size
+    if found != size:
+        raise DataError(f"{address}: {found:,} bytes arrived of {size:,}; fetch it again")
+
+
+def names(address: str) -> list[str]:
+    """The names of all objects below ``s3://bucket/prefix``, as they go on after it."""
+    bucket, prefix = split_address(f"{address.rstrip('/')}/")
+    with translated(address):
+        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+        return [entry["Key"].removeprefix(f"{prefix}/") for page in pages for entry in page.get("Contents", [])]
+
+
 def remove(address: str) -> None:
     """Remove one object, if there is such."""
     bucket, key = split_address(address)

@@ -1,7 +1,7 @@
 """Evaluation of a checkpoint on the test images, beside the comparator, and the report of what came out.
 
 Writes metrics.json, per_class.csv, curve.csv and predictions.npz (labels, scores and selections of all test
-images, and which classes are unseen).
+images, and which classes are unseen), and draws charts/.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from svip.data.bundle import TRAINVAL, Bundle
 from svip.data.images import square
 from svip.evaluation import eszsl
 from svip.evaluation.calibration import SeenUnseenCurve
+from svip.evaluation.charts import evaluation_charts
 from svip.evaluation.inference import Predictions, choose_device, deciding, distinctions, frozen_features, predict
 from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
-from svip.evaluation.report import Example, write_report
+from svip.evaluation.report import Example, markdown_table, write_report
 from svip.models.svip import SVIP
-from svip.training.checkpoint import CheckpointError, load_model, write_atomically, write_json
+from svip.training import distributed
+from svip.training.checkpoint import CheckpointError, load_model, write_atomically, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ EXAMPLES = 8
 def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """All protocols that the configuration lists; returns metrics.json's content (percent).
 
+    Several processes share the images, and rank 0 writes.
     ``overrides`` of the checkpoint's configuration: how and where it is evaluated (see ``checkpoint.read_config``).
     """
     model, config, info = load_tested(checkpoint, bundle, overrides)
@@ -58,12 +61,8 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[st
     metrics["settings"] = flatten(config)
     metrics["training"] = info
 
-    out.mkdir(parents=True, exist_ok=True)
-    gamma = info["gamma"] or 0.0
-    _write_csv(out / "per_class.csv", _per_class(bundle, scores, test.labels, unseen, gamma))
     edges = np.concatenate([curve.steps[:1] - 1, curve.steps])
     points = pd.DataFrame({"gamma": edges, "seen": 100 * curve.seen, "unseen": 100 * curve.unseen})
-    _write_csv(out / "curve.csv", points)
 
     def save(path: Path) -> None:
         with path.open("wb") as file:  # a path would get the suffix .npz
@@ -77,9 +76,17 @@ def evaluate(checkpoint: Path, bundle: Bundle, out: Path, overrides: Sequence[st
                 attributes=test.attributes.numpy(),
             )
 
-    write_atomically(out / "predictions.npz", save)
-    write_json(out / "metrics.json", metrics)
-    return metrics
+    def write() -> dict[str, Any]:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_csv(out / "per_class.csv", _per_class(bundle, scores, test.labels, unseen, info["gamma"] or 0.0))
+        _write_csv(out / "curve.csv", points)
+        write_atomically(out / "predictions.npz", save)
+        write_text(out / "results.md", markdown_table(metrics))
+        write_json(out / "metrics.json", metrics)
+        evaluation_charts(out, metrics)
+        return metrics
+
+    return distributed.on_main(write)
 
 
 def load_tested(checkpoint: Path, bundle: Bundle, overrides: Sequence[str] = ()) -> tuple[SVIP, Config, dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from svip.config import Config
+from svip.config import Config, ConfigError
 from svip.data.bundle import Bundle
 from svip.data.images import EpochBatches, ImageDataset, loader
 from svip.models.svip import SVIP
+from svip.training import distributed
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,20 @@ def deciding(a_hat: NDArray[np.float32], distinctive: NDArray[np.float32], count
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``train.device`` names; auto takes CUDA where there is one."""
+    """The device that ``train.device`` names; auto takes CUDA where there is one.
+
+    Several processes take a GPU each; ConfigError where there are fewer, or one is named.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if distributed.world() == 1 or name == "cpu":
+        return torch.device(name)
+    if name != "cuda":
+        raise ConfigError(f"train.device={name}: expected cuda or auto, for each process takes a GPU of its own")
+    number, found = distributed.local_rank(), torch.cuda.device_count()
+    if number >= found:
+        raise ConfigError(f"process {number + 1} of this machine finds {found} GPUs; start as many processes as GPUs")
+    return torch.device("cuda", number)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
@@ -67,7 +79,10 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Non
 
 
 def predict(model: SVIP, config: Config, bundle: Bundle, rows: NDArray[np.int64], label: str) -> Predictions:
-    """Attribute predictions of the test views of those images; a progress bar is called ``label``."""
+    """Attribute predictions of the test views of those images; a progress bar is called ``label``.
+
+    Several processes share the images, and each gets all predictions.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -79,7 +94,8 @@ def predict(model: SVIP, config: Config, bundle: Bundle, rows: NDArray[np.int64]
         selected.append(prediction.selected.cpu())
         labels.append(classes)
     model.train(training)
-    return Predictions(rows, torch.cat(labels).numpy(), torch.cat(attributes), torch.cat(selected).numpy())
+    found = _gathered([torch.cat(labels), torch.cat(attributes), torch.cat(selected)], len(rows))
+    return Predictions(rows, found[0], torch.from_numpy(found[1]), found[2])
 
 
 @torch.no_grad()
@@ -103,11 +119,21 @@ def frozen_features(
         features.append(row.float().cpu())
         labels.append(classes)
     model.train(training)
-    return torch.cat(features).numpy(), torch.cat(labels).numpy()
+    found = _gathered([torch.cat(features), torch.cat(labels)], len(rows))
+    return found[0], found[1]
 
 
 def _batches(config: Config, bundle: Bundle, rows: NDArray[np.int64], label: str) -> Iterator[tuple[Tensor, Tensor]]:
-    dataset = ImageDataset(bundle, rows, config.data, train=False, seed=0)
-    order = EpochBatches(len(rows), config.evaluation.batch_size, seed=0, epoch=0, shuffle=False)
-    for images, classes, _ in tqdm(loader(dataset, order, config.train.workers), desc=label, leave=False):
+    """Images and class ids of this process's share of the rows."""
+    own = rows[distributed.share(len(rows))]
+    dataset = ImageDataset(bundle, own, config.data, train=False, seed=0)
+    order = EpochBatches(len(own), config.evaluation.batch_size, seed=0, epoch=0, shuffle=False)
+    batches = loader(dataset, order, config.train.workers)
+    for images, classes, _ in tqdm(batches, desc=label, leave=False, disable=not distributed.is_main()):
         yield images, classes
+
+
+def _gathered(own: Sequence[Tensor], count: int) -> list[NDArray[Any]]:
+    """What all processes found for their shares of ``count`` rows, in the order of the rows."""
+    parts = distributed.all_gather([tensor.numpy() for tensor in own])
+    return [distributed.merge(arrays, count) for arrays in zip(*parts, strict=True)]

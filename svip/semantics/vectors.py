@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,13 @@ import numpy as np
 from gensim.models import KeyedVectors
 from numpy.typing import NDArray
 
+from svip.data.sources import is_remote
+from svip.data.transfer import read_bytes
 from svip.semantics.scan import VectorsError
 from svip.semantics.sources import read_words
+
+FILES = ("vectors.npy", "attributes.txt", "report.json")
+"""What write_embedding writes."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,17 @@ def embed_attributes(
 
 
 def write_embedding(embedding: Embedding, out: Path | str) -> None:
-    """Write vectors.npy, attributes.txt and report.json to the folder ``out``, which appears whole or not at all.
+    """Write vectors.npy, attributes.txt and the report (.json, .md) to the folder ``out``.
 
-    An older embedding there is replaced; VectorsError when something else is there.
+    It appears whole or not at all. The same attributes' vectors by the same file and pooling are replaced; VectorsError
+    when something else is there.
     """
     out = Path(out).resolve()
     occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if occupied and not (out / "vectors.npy").is_file():
         raise VectorsError(f"{out} exists and holds no attribute vectors; give another output folder")
+    if occupied:
+        _check_same(out, embedding)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
     temporary.mkdir(parents=True)
@@ -95,12 +104,28 @@ def write_embedding(embedding: Embedding, out: Path | str) -> None:
         np.save(temporary / "vectors.npy", embedding.vectors, allow_pickle=False)
         (temporary / "attributes.txt").write_text("\n".join(embedding.names) + "\n", encoding="utf-8")
         (temporary / "report.json").write_text(json.dumps(embedding.report, indent=2) + "\n", encoding="utf-8")
+        if embedding.report:  # vectors made by hand have none
+            (temporary / "report.md").write_text(_markdown(embedding), encoding="utf-8")
         if out.exists():
             os.replace(out, old)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_same(out: Path, embedding: Embedding) -> None:
+    """VectorsError where ``out`` holds whole vectors of other attributes, or made in another way."""
+    try:
+        there = read_embedding(out)
+    except VectorsError:
+        return
+    file, pooling = (there.report.get(key) for key in ("vectors_file", "pooling"))
+    if (there.names, file, pooling) != (embedding.names, *map(embedding.report.get, ("vectors_file", "pooling"))):
+        raise VectorsError(
+            f"{out} holds other attribute vectors ({len(there.names)} from {file}, pooling {pooling}); give another "
+            "--out, or delete it first"
+        )
 
 
 def read_embedding(path: Path | str) -> Embedding:
@@ -120,6 +145,16 @@ def read_embedding(path: Path | str) -> Embedding:
             f"found {vectors.dtype} {list(vectors.shape)}; embed the attributes again"
         )
     return Embedding(vectors, names, report)
+
+
+def open_embedding(address: Path | str) -> Embedding:
+    """``read_embedding`` of a folder, or of what lies at an s3:// or http(s):// address."""
+    if not is_remote(str(address)):
+        return read_embedding(address)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in FILES:
+            (Path(folder) / name).write_bytes(read_bytes(f"{str(address).rstrip('/')}/{name}"))
+        return read_embedding(folder)
 
 
 def read_vectors(path: Path | str) -> NDArray[np.float32]:
@@ -146,3 +181,22 @@ def _suggestions(word: str, common: dict[str, int]) -> list[str]:
     # difflib is slow: offer it only words that begin alike and are about as long
     near = [other for other in common if other[:1] == word[:1] and abs(len(other) - len(word)) <= 3]
     return [text for _, text in sorted(glued)[:1]] + difflib.get_close_matches(word, near, n=2, cutoff=0.7)
+
+
+def _markdown(embedding: Embedding) -> str:
+    """The report for people: what was looked up, and what was not found."""
+    report, (count, size) = embedding.report, embedding.vectors.shape
+    lines = [
+        f"# {count} attribute vectors of size {size}",
+        "",
+        f"From `{report['vectors_file']}`; an attribute's vector is the {report['pooling']} of those of its words.",
+        "",
+    ]
+    if missing := report["missing_words"]:
+        lines += ["| word without a vector | words like it that have one |", "|---|---|"]
+        lines += [f"| {word} | {', '.join(near)} |" for word, near in missing.items()]
+    else:
+        lines.append("Every word has a vector.")
+    if zero := report["zero_attributes"]:
+        lines += ["", f"No word of these attributes has one, so that their vectors are zero: {', '.join(zero)}."]
+    return "\n".join(lines) + "\n"

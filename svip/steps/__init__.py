@@ -10,32 +10,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svip.steps.comparing import compare
     from svip.steps.data import embed_attributes, prepare_data, push_bundle
-    from svip.steps.model import evaluate, figures, import_checkpoint, predict, report, train
+    from svip.steps.model import evaluate, figures, import_checkpoint, predict, report
     from svip.steps.registry import register
     from svip.steps.reruns import rerun
-    from svip.steps.runs import close_run, open_run
+    from svip.steps.runs import close_run, data_settings, open_run
     from svip.steps.sweeps import ablate, ablate_table, plan_ablation, sensitivity
+    from svip.steps.training import train
+    from svip.steps.tuning import plan_tuning, tune, tune_worker, tuning_dashboard, tuning_report
 
 MODULES = {
-    "runs": ("open_run", "close_run"),
+    "runs": ("open_run", "data_settings", "close_run"),
     "data": ("prepare_data", "push_bundle", "embed_attributes"),
-    "model": ("train", "import_checkpoint", "evaluate", "report", "figures", "predict"),
+    "training": ("train",),
+    "model": ("import_checkpoint", "evaluate", "report", "figures", "predict"),
     "reruns": ("rerun",),
     "registry": ("register",),
+    "comparing": ("compare",),
     "sweeps": ("ablate", "sensitivity", "plan_ablation", "ablate_table"),
+    "tuning": ("tune", "plan_tuning", "tune_worker", "tuning_report", "tuning_dashboard"),
 }
 """Module -> its steps."""
 __all__ = [
     "ablate",
     "ablate_table",
     "close_run",
+    "compare",
+    "data_settings",
     "embed_attributes",
     "evaluate",
     "figures",
     "import_checkpoint",
     "open_run",
     "plan_ablation",
+    "plan_tuning",
     "predict",
     "prepare_data",
     "push_bundle",
@@ -44,6 +53,10 @@ __all__ = [
     "rerun",
     "sensitivity",
     "train",
+    "tune",
+    "tune_worker",
+    "tuning_dashboard",
+    "tuning_report",
 ]
 
 

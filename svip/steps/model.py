@@ -1,4 +1,4 @@
-"""Steps that make a model, and those that look at one: train, import, evaluate, report, figures, predict."""
+"""Steps that look at a model, and the one that takes over a released one."""
 
 from __future__ import annotations
 
@@ -6,94 +6,31 @@ import dataclasses
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from svip import sweep, tracking
+from svip import tracking
+from svip.changes import run_name
 from svip.config import flatten, load_config, variant
 from svip.data.bundle_cache import open_bundle
 from svip.evaluation.evaluate import check_bundle
 from svip.evaluation.evaluate import evaluate as evaluate_checkpoint
 from svip.evaluation.evaluate import report as make_report
 from svip.evaluation.gallery import draw_figures
+from svip.evaluation.report import markdown_table
 from svip.models.published import load_published
 from svip.models.svip import SVIP
 from svip.predict import Predictor, write_overlays
-from svip.semantics.vectors import read_embedding, read_vectors
+from svip.semantics.vectors import read_vectors
 from svip.steps.provenance import lineage_tags, record_lineage, used_data
-from svip.steps.runs import experiment_of, named
-from svip.training.checkpoint import CheckpointError, read_config, read_info, save_model, write_classes, write_json
-from svip.training.loop import check_resumable
-from svip.training.loop import train as train_model
+from svip.steps.runs import MADE_OF, experiment_of, made_of, made_of_checkpoint, named
+from svip.training import distributed
+from svip.training.checkpoint import read_config, save_model, write_classes, write_json
 
 log = logging.getLogger(__name__)
-
-
-def train(
-    bundle: str,
-    vectors: str,
-    out: str,
-    preset: str,
-    overrides: Sequence[str] = (),
-    parent_run_id: str = "",
-    resume: bool = True,
-    run: str = "",
-    log_model: bool = True,
-) -> dict[str, Any]:
-    """Train into ``out``, going on from what is there (``resume`` False: refuse to).
-
-    ``run``: a run of the ablation, such as ``no_psc:1``, whose overrides come last. ``log_model``: store the trained
-    model in MLflow too. The run id, and T1, U, S, H on the validation classes where they were used.
-    """
-    config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
-    data, embedding, directory = open_bundle(bundle), read_embedding(Path(vectors)), Path(out)
-    made_with = {name: data.info[name] for name in ("dataset", "split", "fold")} | data.info.get("settings", {})
-    for name in sorted(made_with.keys() - {"allow_missing"}):  # what is saved has to be what ran
-        if getattr(config.data, name) != made_with[name]:
-            raise ValueError(
-                f"data.{name}={getattr(config.data, name)} (preset {preset}), but the bundle {bundle} has "
-                f"{made_with[name]}; use the preset that it was made with, or override data.{name}={made_with[name]}"
-            )
-    if embedding.names != data.attribute_names:
-        raise ValueError(f"{vectors} was made for other attributes than those of {bundle}; run embed-attributes again")
-    if (directory / "model.json").is_file() and "imported" in read_info(directory):
-        raise CheckpointError(f"{directory} holds an imported checkpoint; train into another --out")
-    if not resume and directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; resume it (--resume), or train into another --out")
-    check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
-    record = directory / "run_id"
-    tags = {"preset": preset, "step": "train", **lineage_tags(config, data, bundle), **named(config, run)}
-    with tracking.open_tracker(
-        experiment_of(config),
-        f"train-{run or variant(config)}",
-        parent_run_id=parent_run_id or None,
-        run_id=record.read_text().strip() if record.exists() else None,
-        tags=tags,
-    ) as tracker:
-        directory.mkdir(parents=True, exist_ok=True)
-        record.write_text(tracker.run_id)
-        tracker.log_params(flatten(config))
-        record_lineage(tracker, config, data, bundle, embedding, vectors)
-
-        def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
-            # both phases have an epoch 1: the final one's losses get a name of their own
-            own = "final_train/" if phase == "final" else "train/"
-            tracker.log_metrics({name.replace("train/", own): value for name, value in metrics.items()}, epoch)
-
-        with tracking.system_metrics(tracker):
-            info = train_model(config, data, embedding.vectors, directory, report_epoch)
-        logged = directory / "logged_run_id"  # a rerun adds no second model to the run
-        if not logged.exists() or logged.read_text() != tracker.run_id:
-            for name in ("config.yaml", "model.json", "history.json"):
-                tracker.log_artifact(directory / name)
-            if log_model:
-                log.info("model in MLflow: %s", tracking.log_checkpoint_model(tracker, directory) or "none")
-            logged.write_text(tracker.run_id)
-        validation = {f"val/{name}": value for name, value in (info["validation"] or {}).items()}
-        return {"run_id": tracker.run_id, **validation}
 
 
 def import_checkpoint(
@@ -124,6 +61,7 @@ def import_checkpoint(
     temporary.mkdir(parents=True)
     try:
         write_json(temporary / "history.json", [])
+        write_json(temporary / MADE_OF, made_of(config, preset))
         if data:
             write_classes(temporary, data.classes)
         save_model(temporary, model, config, info)
@@ -139,20 +77,32 @@ def evaluate(
     """Evaluate a checkpoint on the test images by every protocol of its configuration; metrics.json's content.
 
     ``overrides`` may change what is evaluated (``evaluation.*``) and where. The parent run gets the numbers too, unless
-    this is one of many (``run``, as in ``train``).
+    this is one of many (``run``, as in ``train``). Processes that torchrun has started share the images.
     """
+    with distributed.joined():
+        return _evaluate(checkpoint, bundle, out, parent_run_id, run, overrides)
+
+
+def _evaluate(
+    checkpoint: str, bundle: str, out: str, parent_run_id: str, run: str, overrides: Sequence[str]
+) -> dict[str, Any]:
     data = open_bundle(bundle)
     config = read_config(Path(checkpoint), overrides)
     trained_by = Path(checkpoint) / "run_id"
     train_run_id = trained_by.read_text().strip() if trained_by.exists() else ""
+    made = made_of_checkpoint(Path(checkpoint), config, read_config(Path(checkpoint)))
     tags = {
         "step": "evaluate",
         "train_run_id": train_run_id,
         **lineage_tags(config, data, bundle),
-        **named(config, run),
+        **named(config, run, made),
     }
     with tracking.open_tracker(
-        experiment_of(config), f"evaluate-{run or variant(config)}", parent_run_id=parent_run_id or None, tags=tags
+        experiment_of(config),
+        run_name("evaluate", config, made["changes"], run),
+        parent_run_id=parent_run_id or None,
+        tags=tags,
+        enabled=distributed.is_main(),
     ) as tracker:
         record_lineage(tracker, config, data, bundle)
         metrics = evaluate_checkpoint(Path(checkpoint), data, Path(out), overrides)
@@ -165,9 +115,11 @@ def evaluate(
                 numbers |= {f"test/{method}{protocol}/{name}": value for name, value in values.items()}
         tracking.log_results(tracker, numbers, train_run_id, used_data(data, bundle, "testing"))
         tracker.set_tags({"protocol": "validation" if "validation" in metrics["protocols"] else "none"})
+        description = {tracking.DESCRIPTION: markdown_table(metrics)}
+        tracker.set_tags(description)
         tracker.log_artifact(Path(out))
-        if parent_run_id and not run:
-            tracking.log_to_run(parent_run_id, metrics=numbers)
+        if parent_run_id and not run and distributed.is_main():
+            tracking.log_to_run(parent_run_id, metrics=numbers, tags=description)
         return metrics
 
 

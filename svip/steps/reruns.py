@@ -15,8 +15,9 @@ from svip.config import ConfigError, flatten, from_yaml, load_config
 from svip.data.bundle_cache import open_bundle
 from svip.data.errors import DataError
 from svip.semantics.vectors import read_embedding
-from svip.steps.model import evaluate, train
+from svip.steps.model import evaluate
 from svip.steps.provenance import vectors_sha256
+from svip.steps.training import train
 from svip.training.checkpoint import write_json
 
 log = logging.getLogger(__name__)

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from svip import tracking
-from svip.config import Config, flatten, load_config, variant
+from svip.changes import changes, changes_text, with_changes
+from svip.config import Config, flatten, load_config, presets, variant
+
+MADE_OF = "made_of.json"
+"""File of a checkpoint's folder that holds ``made_of``."""
 
 KFP_RUN_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 """How a Kubeflow Pipelines server names a run; on one machine a pipeline's job has a plain number."""
 
 
-def open_run(pipeline: str, preset: str, overrides: Sequence[str] = ()) -> str:
-    """Check the configuration, start the MLflow run that all steps belong to, and return its id."""
+def open_run(pipeline: str, preset: str, overrides: Sequence[str] = (), continues: str = "") -> str:
+    """Check the configuration, start the MLflow run that all steps belong to, and return its id.
+
+    ``continues``: the pipeline whose run is opened again instead, if it got as far as having one.
+    """
     config = load_config(preset, overrides)
     job = re.search(rf"-({KFP_RUN_ID})$", pipeline)
-    tags = {"preset": preset, tracking.KFP_RUN_TAG: job[1] if job else ""}
-    return tracking.open_run(pipeline, experiment_of(config), flatten(config), tags)
+    changed = made_of(config, preset)["changes"]
+    # without the job's id, and of a preset that is a file its name alone
+    name = with_changes(f"{pipeline.partition('-')[0]} {preset if preset in presets() else Path(preset).stem}", changed)
+    tags = {"preset": preset, "changes": changes_text(changed), tracking.KFP_RUN_TAG: job[1] if job else ""}
+    return tracking.open_run(pipeline, experiment_of(config), flatten(config), tags, name, continues)
+
+
+def data_settings(preset: str, overrides: Sequence[str] = ()) -> list[str]:
+    """All of ``data.*`` and ``semantics.*`` as overrides: on nothing else do the bundle and the vectors depend."""
+    values = flatten(load_config(preset, overrides))
+    return [f"{key}={json.dumps(values[key])}" for key in values if key.startswith(("data.", "semantics."))]
 
 
 def close_run(run_id: str, status: str) -> None:
@@ -25,9 +44,29 @@ def close_run(run_id: str, status: str) -> None:
     tracking.close_run(run_id, status)
 
 
-def named(config: Config, run: str) -> dict[str, str]:
-    """Tags that say what is trained: the ablation's own name for it where there is one."""
-    return {"variant": run.partition(":")[0] or variant(config), "seed": str(config.train.seed)}
+def named(config: Config, run: str, made: Mapping[str, Any]) -> dict[str, str]:
+    """Tags that say what is trained (the ablation's own name for it where there is one), and of which preset."""
+    tags = {"variant": run.partition(":")[0] or variant(config), "seed": str(config.train.seed)}
+    return {**tags, "preset": made["preset"], "changes": changes_text(made["changes"])}
+
+
+def made_of(config: Config, preset: str, run: str = "") -> dict[str, Any]:
+    """``preset``, and ``changes``: what ``config`` has otherwise than the preset (or a ``run`` of its ablation)."""
+    own: list[str] = []
+    if run:
+        from svip import sweep  # imports PyTorch, which open_run can do without
+
+        own = sweep.ablation_run(run).overrides
+    return {"preset": preset, "changes": changes(config, load_config(preset, own, check=False))}
+
+
+def made_of_checkpoint(checkpoint: Path, config: Config, trained: Config) -> dict[str, Any]:
+    """The same of a checkpoint that is evaluated with ``config``; older ones don't say their preset."""
+    record = checkpoint / MADE_OF
+    made: dict[str, Any] = {"preset": "", "changes": {}}
+    if record.exists():
+        made = json.loads(record.read_text(encoding="utf-8"))
+    return {**made, "changes": {**made["changes"], **changes(config, trained)}}
 
 
 def experiment_of(config: Config) -> str:

@@ -13,8 +13,9 @@ from svip.config import Config, flatten, load_config
 from svip.data.bundle_cache import open_bundle
 from svip.evaluation import comparison
 from svip.semantics.vectors import read_embedding
-from svip.steps.model import evaluate, train
+from svip.steps.model import evaluate
 from svip.steps.runs import experiment_of
+from svip.steps.training import train
 from svip.training.loop import check_resumable
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from svip.tracking.registry import (
     set_alias,
     version_of,
 )
-from svip.tracking.runs import Tracker, log_to_run, open_tracker, runs_of_their_own
+from svip.tracking.runs import DESCRIPTION, Tracker, log_to_run, open_tracker, runs_of_their_own
+from svip.tracking.search import TestedRun, evaluations_of, search_evaluations
 from svip.tracking.store import TrackingError, shown_uri, tracking_uri
 from svip.tracking.sync import sync
 from svip.tracking.system import system_metrics
@@ -39,6 +40,8 @@ __all__ = [
     "Data",
     "History",
     "Recorded",
+    "DESCRIPTION",
+    "TestedRun",
     "Tracker",
     "TrackingError",
     "Version",
@@ -49,6 +52,7 @@ __all__ = [
     "environment",
     "find_evaluation",
     "find_runs",
+    "evaluations_of",
     "git_sha",
     "log_checkpoint_model",
     "log_data",
@@ -62,6 +66,7 @@ __all__ = [
     "register_version",
     "runs_of_their_own",
     "set_alias",
+    "search_evaluations",
     "shown_uri",
     "sync",
     "system_metrics",

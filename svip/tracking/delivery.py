@@ -107,22 +107,24 @@ class Delivery:
             wanted = run_with_tag(client, ID_TAG, journal.id, experiment)
         if (not wanted or is_local(wanted)) and record["has_to_exist"]:
             raise NotYet(f"run {journal.id} is not in {journal.uri} yet; it comes with the outbox that opened it")
-        if wanted:
-            if record["owns"]:
-                client.update_run(wanted, status="RUNNING")
-                for key, value in record["tags"].items():
-                    client.set_tag(wanted, key, value)
-            return wanted
+        if not wanted:
+            wanted = self._create(record, experiment)
+        elif record["owns"]:
+            client.update_run(wanted, status="RUNNING")
+            for key, value in record["tags"].items():
+                client.set_tag(wanted, key, value)
+        if not first and is_local(journal.id) and experiment:  # runs that came before it name it by its local id
+            for child in runs_with_tag(client, PARENT_TAG, journal.id, experiment):
+                client.set_tag(child, PARENT_TAG, wanted)
+        return wanted
+
+    def _create(self, record: Mapping[str, Any], experiment: str) -> str:
         parent = record["parent"]
         if is_local(parent):
-            parent = run_with_tag(client, ID_TAG, parent, experiment) or parent
-        tags = {**record["tags"], ID_TAG: journal.id, **({PARENT_TAG: parent} if parent else {})}
-        run = client.create_run(experiment, start_time=record["time"], tags=tags, run_name=record["run_name"])
-        created = str(run.info.run_id)
-        if not first:  # runs that came here before it may name it by its local id
-            for child in runs_with_tag(client, PARENT_TAG, journal.id, experiment):
-                client.set_tag(child, PARENT_TAG, created)
-        return created
+            parent = run_with_tag(self.client, ID_TAG, parent, experiment) or parent
+        tags = {**record["tags"], ID_TAG: self.journal.id, **({PARENT_TAG: parent} if parent else {})}
+        run = self.client.create_run(experiment, start_time=record["time"], tags=tags, run_name=record["run_name"])
+        return str(run.info.run_id)
 
     def _log(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric, RunTag

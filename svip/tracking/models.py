@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import sys
-import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from svip.tracking.delivery import ID_TAG, handles, run_with_tag
 from svip.tracking.inputs import Data
 from svip.tracking.outbox import Journal, is_local, now
 from svip.tracking.runs import Tracker
-from svip.tracking.store import is_away, run_exists
+from svip.tracking.store import first_line, is_away, run_exists
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FILES = ("model.safetensors", "config.yaml", "model.json", "classes.parquet")
+WEIGHTS_TAG = "weights_sha256"
 REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "omegaconf", "safetensors", "pillow")
 """What svip needs to load and run a checkpoint (tqdm comes with timm); logged with the versions that are installed."""
 
@@ -37,47 +38,51 @@ def log_checkpoint_model(tracker: Tracker, checkpoint: Path, name: str = "model"
     """
     if tracker.client is None:
         return ""
-    key = uuid.uuid4().hex
     if tracker.flush():
         try:
-            return _log_model(tracker.client, tracker.run_id, checkpoint, name, key)
-        except Exception as error:
+            return _log_model(tracker.client, tracker.run_id, checkpoint, name)
+        except Exception as error:  # whatever it is, the checkpoint is there and its training a success
             if not is_away(error):
-                raise
-    log.warning("the model is not in MLflow yet; it is logged from %s with what else is kept", checkpoint)
-    tracker.put("model", checkpoint=str(checkpoint.absolute()), name=name, key=key)
+                log.warning("the model of run %s is not in MLflow: %s", tracker.run_id, first_line(error))
+                return ""
+    log.warning("the model of run %s is not in MLflow yet: it will be logged from %s", tracker.run_id, checkpoint)
+    tracker.put("model", checkpoint=str(checkpoint.absolute()), name=name)
     return ""
 
 
 @handles("model")
 def _send_model(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
-    _log_model(client, journal.run_id, Path(record["checkpoint"]), record["name"], record["key"])
+    _log_model(client, journal.run_id, Path(record["checkpoint"]), record["name"])
 
 
-def _log_model(client: MlflowClient, run_id: str, checkpoint: Path, name: str, key: str) -> str:
-    """``key``: a second call with the same one goes on with the model of the first."""
+def _log_model(client: MlflowClient, run_id: str, checkpoint: Path, name: str) -> str:
+    """A run has the same weights once: a second call goes on with the model that the first one began."""
     import mlflow
     import pandas as pd  # here, as every command imports this module and few log a model
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from PIL import Image
 
-    (checkpoint / CHECKPOINT_FILES[0]).stat()  # FileNotFoundError, where it was removed before it could be logged
+    with (checkpoint / "model.safetensors").open("rb") as file:  # FileNotFoundError, where it was removed meanwhile
+        tag = {WEIGHTS_TAG: hashlib.file_digest(file, "sha256").hexdigest()}
     package = Path(svip.__file__).parent
     mlflow.set_tracking_uri(client.tracking_uri)  # Model.log knows no other way
     # Model.log would put it in MLflow's default experiment, not in the run's.
-    experiment = client.get_run(run_id).info.experiment_id
-    begun = client.search_logged_models([experiment], f"tags.{ID_TAG} = '{key}'")
-    model = begun[0] if begun else client.create_logged_model(experiment, name, run_id, tags={ID_TAG: key})
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
+    same = client.search_logged_models([experiment], f"tags.{WEIGHTS_TAG} = '{tag[WEIGHTS_TAG]}'")
+    begun = [model for model in same if model.source_run_id == run_id]
+    model = begun[0] if begun else client.create_logged_model(experiment, name, run_id, tag)
     if model.status == "READY":
         return str(model.model_uri)
+    linked = run.outputs is not None and model.model_id in {output.model_id for output in run.outputs.model_outputs}
     photo, path = io.BytesIO(), sys.path.copy()
     Image.new("RGB", (64, 64), "grey").save(photo, "png")
     info = Model.log(
         artifact_path=None,
         name=name,
         flavor=mlflow.pyfunc,
-        run_id=run_id,
+        run_id=None if linked else run_id,  # MLflow would link it again, and fail
         model_id=model.model_id,
         python_model=str(package / "mlflow_model.py"),
         artifacts={file: str(checkpoint / file) for file in CHECKPOINT_FILES},

@@ -199,7 +199,7 @@ class Journal:
     def discard(self, content: Mapping[str, str]) -> None:
         """Remove the copy of what was sent."""
         if "copy" in content:
-            shutil.rmtree(self.kept(content).parent)
+            shutil.rmtree(self.kept(content).parent, ignore_errors=True)  # what stays goes with the journal
 
     def sync(self) -> None:
         """Bring it to the disk: what is written survives a killed process without it, but not a power failure."""
@@ -207,8 +207,10 @@ class Journal:
 
     def close(self) -> None:
         """Give it up to other processes."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # forked processes hold the same lock
-        os.close(self._descriptor)
+        with self._lock:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # forked processes hold the same lock
+            os.close(self._descriptor)
+            self._descriptor = -1  # whoever still writes gets an OSError, not another's file
 
     def remove(self) -> None:
         """Close it and remove it, and the folder with the last one."""

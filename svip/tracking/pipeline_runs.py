@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ from svip.tracking.delivery import Undelivered, handles, runs_with_tag
 from svip.tracking.lineage import with_code_tags
 from svip.tracking.outbox import Journal, is_local, now, outbox_folder
 from svip.tracking.runs import open_run_of, start_with
-from svip.tracking.store import TrackingError, shown_uri
+from svip.tracking.store import TrackingError, client_of, reaching_the_store, shown_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 PIPELINE_TAG = "pipeline"
 STATUSES = {
@@ -25,16 +28,39 @@ STATUSES = {
 }
 
 
-def open_run(pipeline: str, experiment: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str:
+def open_run(
+    pipeline: str,
+    experiment: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+    name: str = "",
+    continues: str = "",
+) -> str:
     """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run.
 
-    It is a local id where the server doesn't answer: the steps may use it like any other.
+    ``pipeline`` is its only name of that kind, by which close_run finds it; people read ``name``. Where the pipeline
+    ``continues`` one that has a run, that run is opened again. It is a local id
+    where the server doesn't answer: the steps may use it like any other.
     """
     tags = {**with_code_tags(tags), PIPELINE_TAG: pipeline}
-    tracker = open_run_of("", experiment=experiment, run_name=pipeline, tags=tags, owns=False)
-    tracker.log_params(params)
+    earlier = _run_of(continues) if continues else ""
+    if earlier:
+        tags = {PIPELINE_TAG: pipeline}
+    tracker = open_run_of(earlier, experiment=experiment, run_name=name or pipeline, tags=tags, owns=False)
+    if not earlier:
+        tracker.log_params(params)
     tracker.leave()
     return tracker.run_id
+
+
+def _run_of(pipeline: str) -> str:
+    """The id of a pipeline's run; empty where there is none, or the server doesn't answer."""
+    try:
+        with reaching_the_store():
+            return next(iter(runs_with_tag(client_of(tracking_uri()), PIPELINE_TAG, pipeline)), "")
+    except TrackingError as error:
+        log.warning("the run of %s can't be looked for, so a new one is opened: %s", pipeline, error)
+        return ""
 
 
 def close_run(run: str, status: str) -> None:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION = "mlflow.note.content"
+"""The tag with the Markdown that MLflow shows on a run's page."""
+
 
 class Tracker:
     """Writes to one run, and ends it when the ``with`` block does: FINISHED, FAILED on an error, KILLED when stopped.
@@ -203,11 +206,18 @@ def runs_of_their_own() -> Iterator[None]:
             os.environ["MLFLOW_RUN_ID"] = wanted
 
 
-def log_to_run(run_id: str, metrics: Mapping[str, float] | None = None, artifacts: Sequence[Path] = ()) -> None:
+def log_to_run(
+    run_id: str,
+    metrics: Mapping[str, float] | None = None,
+    artifacts: Sequence[Path] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:
     """Add results to a run that goes on being open or closed as it is, such as a pipeline's parent run."""
     tracker = open_run_of(run_id, has_to_exist=True, owns=False)
     if metrics:
         tracker.log_metrics(metrics)
+    if tags:
+        tracker.set_tags(tags)
     for path in artifacts:
         tracker.log_artifact(path)
     tracker.leave()

@@ -49,6 +49,7 @@ class Sender:
         self._news = True  # something was logged that the thread hasn't looked at
         self._idle = False  # all of it is with the server
         self._error: Exception | None = None  # of the last attempt
+        self._failures = 0  # since the last success; a single one is nothing to speak of
         self._silent_since: float | None = None
         self._hurry = True  # somebody waits
         self._opened = False
@@ -79,14 +80,17 @@ class Sender:
         self._thread.start()
         with self._changed:
             local = is_file(tracking_uri())
-            self._changed.wait_for(lambda: self.journal.sent >= end or self._error, None if local else OPENS)
+            self._changed.wait_for(lambda: self.journal.sent >= end or self._is_over(), None if local else OPENS)
             error, self._hurry, self._opened = self._error, False, True
-            if error and not isinstance(error, NotYet) and (local or not is_away(error)):
+            no = error if error and self._is_answer(error) else None
+            if no:
                 self._stop(discard=self._new)
-                raise error if isinstance(error, TrackingError) else cant_be_used(error) from None
-            if self.journal.sent < end:
+            elif self.journal.sent < end:
                 self._silent_since = float("-inf")
                 self._say_away(error or TimeoutError(f"no answer within {OPENS:.0f} s"))
+        if no:
+            self._thread.join(SHORT_FLUSH)  # until its journal is removed
+            raise no if isinstance(no, TrackingError) else cant_be_used(no) from None
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until everything is sent, for a bounded time; whether it is."""
@@ -114,11 +118,11 @@ class Sender:
             if left:
                 said = str(self._error) if isinstance(self._error, Undelivered) else ""
                 what = said or f"MLflow at {shown_uri()} does not answer"
-                log.warning(
-                    "%s; %d records are kept in %s; `svip sync` sends them", what, left, self.journal.path.parent
-                )
-        if not left:
-            self._thread.join(SHORT_FLUSH)
+                records = "1 record is" if left == 1 else f"{left} records are"
+                where = self.journal.path.parent
+                log.warning("%s; %s kept in %s; `svip sync` sends them", what, records, where)
+            # The thread gives the journal free; but a request under way may take a minute to fail.
+            self._thread.join(TELLS_AFTER if left else SHORT_FLUSH)
 
     def _run(self) -> None:
         delivery: Delivery | None = None
@@ -154,22 +158,31 @@ class Sender:
 
     def _succeeded(self, all_sent: bool = False) -> None:
         with self._changed:
-            if self._error and self._opened:
+            if self._failures > 1 and self._opened:
                 log.info("MLflow at %s answers again; it gets what was kept", shown_uri())
             self._error = self._silent_since = None
+            self._failures = 0
             self._idle = all_sent and not self._news
             self._changed.notify_all()
 
     def _failed(self, error: Exception) -> None:
         with self._changed:
-            first, self._error = self._error is None, error
+            self._error = error
+            self._failures += 1
             if self._silent_since is None:
                 self._silent_since = time.monotonic()
             self._changed.notify_all()
-            if first and self._opened:  # else whoever opens the run says it
+            if self._failures == 2 and self._opened:  # else whoever opens the run says it
                 self._say_away(error)
-        if first:
-            self.journal.sync()
+        self.journal.sync()
+
+    def _is_over(self) -> bool:
+        """Whether opening the run has failed."""
+        return self._error is not None and (self._failures > 1 or self._is_answer(self._error))
+
+    def _is_answer(self, error: Exception) -> bool:
+        """Whether it says that the run can't be opened, rather than nothing."""
+        return not isinstance(error, NotYet) and (is_file(tracking_uri()) or not is_away(error))
 
     def _say_away(self, error: Exception) -> None:
         away = f"MLflow at {shown_uri()} does not answer ({reason(error)})"

@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# A request fails soon, and the outbox tries again in its own time: MLflow's own seven retries would take four minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the password that it may hold
+# A request fails soon, and the outbox tries again in its own time. MLflow's own seven retries would take four minutes,
+# and where only the answer was lost they would do again what must be done once, such as creating a run.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
 LONGEST_VALUE = 6000
 """Characters that MLflow stores of a parameter; longer ones are refused or cut by its servers."""
 BATCH = 100
 """Parameters that MLflow takes in one request."""
+
+OF_MODELS = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment whose page is to begin with its runs; MLflow would guess otherwise."""
 
 
 class TrackingError(RuntimeError):
@@ -121,8 +126,9 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         return str(found.experiment_id)
     # Beside the SQLite file, whatever folder a process runs in; a server knows its own place.
     folder = Path(client.tracking_uri.removeprefix("sqlite:///")).absolute().parent / "mlruns" / name
+    place = str(folder) if client.tracking_uri.startswith("sqlite:///") else None
     try:
-        return client.create_experiment(name, str(folder) if client.tracking_uri.startswith("sqlite:///") else None)
+        return client.create_experiment(name, place, OF_MODELS)
     except MlflowException:
         found = client.get_experiment_by_name(name)  # a process beside this one may have been faster
         if found is None:

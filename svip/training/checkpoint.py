@@ -7,9 +7,10 @@ the last whole one is there.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from svip.config import Config, flatten, from_yaml, to_yaml
 from svip.models.contextualization import WordsToPatch
 from svip.models.svip import SVIP
+from svip.training import distributed
 
 AFTER_TRAINING = ("evaluation.", "train.device", "train.workers")
 """Beginnings of the keys that may be another when a checkpoint is evaluated."""
@@ -54,35 +56,43 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def save_state(
-    path: Path, model: SVIP, optimizer: Optimizer, progress: dict[str, Any], with_gradients: bool = False
+    path: Path,
+    model: SVIP,
+    optimizer: Optimizer,
+    progress: dict[str, Any],
+    generators: Sequence[Mapping[str, torch.Tensor]],
+    with_gradients: bool = False,
 ) -> None:
     """Everything that decides how training goes on; ``progress`` holds plain numbers, strings, lists and dicts.
 
-    ``with_gradients``: gradients too, where training adds to them.
+    generators: ``distributed.rng_state`` of each process. ``with_gradients``: gradients too, where training adds to
+    them.
     """
     state = {
         "gradients": {name: p.grad for name, p in model.named_parameters() if with_gradients and p.grad is not None},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": list(generators),
         "progress": progress,
     }
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_state(path: Path, model: SVIP, optimizer: Optimizer) -> dict[str, Any]:
-    """Restore ``save_state``'s file in place and return its progress. No code in the file is run."""
+    """Restore ``save_state``'s file in place and return its progress. No code in the file is run.
+
+    Rank 0 alone reads it. Processes that there were not when it was saved keep the generators that they have.
+    """
+    source = path if distributed.world() == 1 else io.BytesIO(distributed.on_main(path.read_bytes))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(source, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for name, gradient in state.get("gradients", {}).items():
             parameter = model.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        for generators in state["generators"][distributed.rank() :][:1]:
+            distributed.set_rng_state(generators)
         progress: dict[str, Any] = state["progress"]
     except Exception as error:  # torch raises many types for a damaged or foreign file
         raise CheckpointError(f"{path} can't be resumed from ({error!r}); delete it, or use another --out") from error

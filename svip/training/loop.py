@@ -28,7 +28,7 @@ from svip.evaluation.inference import autocast, choose_device, predict
 from svip.evaluation.metrics import published_metrics, zero_shot_metrics
 from svip.models.svip import SVIP
 from svip.semantics.groups import attribute_groups
-from svip.training import checkpoint
+from svip.training import checkpoint, distributed
 from svip.training.optim import build_optimizer, rate_factor, set_rates
 from svip.training.probe import probe_heads
 
@@ -70,11 +70,57 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path, report: Log) -> dict[str, Any]:
+def train(
+    config: Config,
+    bundle: Bundle,
+    words: NDArray[np.float32],
+    out: Path,
+    report: Log,
+    saved: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """Train into ``out`` (or go on there) and return model.json's content.
 
-    words: attribute vectors float32 [A, V]. Raises NonFiniteLoss, ConfigError or CheckpointError.
+    words: attribute vectors float32 [A, V]. Of several processes rank 0 alone reads and writes ``out``, and calls
+    ``saved`` when there is a new checkpoint in it. Raises NonFiniteLoss, ConfigError or CheckpointError.
     """
+    finished = distributed.on_main(lambda: _begin(config, bundle, words, out))
+    if finished:
+        return finished
+    history: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
+    if config.train.select:
+        select = Phase("select", ("train",), ("train",), config.optim.epochs)
+        history = _run_cached(select, config, bundle, words, out, report, saved)
+        best = _best(history)
+        log.info("chosen on the validation classes: epoch %d, gamma %.3f", best["epoch"], best["val/gamma"])
+    kept = best.get("epoch", config.optim.epochs)
+    epochs = config.optim.epochs if config.train.published else kept
+    final = Phase("final", TRAINVAL, ("train", "val_unseen"), epochs, kept)
+    model, progress = run_phase(final, config, bundle, words, out, report, saved)
+    info: dict[str, Any] = {
+        "epochs": kept,
+        "gamma": best.get("val/gamma"),
+        "validation": {key: best[f"val/{key}"] for key in ("T1", "U", "S", "H")} if best else None,
+        "published": _best_published(progress.history),
+        "bundle_sha256": bundle.sha256,
+        "attributes": len(words),
+        "device": str(choose_device(config.train.device)),
+        "seconds": sum(entry["seconds"] for entry in history + progress.history),
+    }
+
+    def finish() -> None:
+        if kept < epochs:
+            checkpoint.load_weights(out / "final" / "kept.safetensors", model)
+        checkpoint.write_json(out / "history.json", history + progress.history)
+        checkpoint.save_model(out, model, config, info)
+        _remove_leftovers(out)
+
+    distributed.on_main(finish)
+    return info
+
+
+def _begin(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path) -> dict[str, Any] | None:
+    """Write what is known before the first step; model.json's content where training is finished already."""
     out.mkdir(parents=True, exist_ok=True)
     check_resumable(config, bundle, words, out)
     checkpoint.write_text(out / "bundle.sha256", "\n".join(_digests(bundle, words)) + "\n")
@@ -89,50 +135,34 @@ def train(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path,
             f"optim.drop_last=true leaves nothing of {images} training images: expected optim.batch_size="
             f"{config.optim.batch_size} to be at most that many"
         )
+    if config.optim.batch_size < distributed.world():
+        raise ConfigError(
+            f"optim.batch_size={config.optim.batch_size}: expected at least an image a step for each of "
+            f"{distributed.world()} processes; start fewer"
+        )
     checkpoint.write_config(out, config)
-
-    history: list[dict[str, Any]] = []
-    best: dict[str, Any] = {}
-    if config.train.select:
-        select = Phase("select", ("train",), ("train",), config.optim.epochs)
-        history = _run_cached(select, config, bundle, words, out, report)
-        best = _best(history)
-        log.info("chosen on the validation classes: epoch %d, gamma %.3f", best["epoch"], best["val/gamma"])
-    kept = best.get("epoch", config.optim.epochs)
-    epochs = config.optim.epochs if config.train.published else kept
-    final = Phase("final", TRAINVAL, ("train", "val_unseen"), epochs, kept)
-    model, progress = run_phase(final, config, bundle, words, out, report)
-    if kept < epochs:
-        checkpoint.load_weights(out / "final" / "kept.safetensors", model)
-    checkpoint.write_json(out / "history.json", history + progress.history)
-    info = {
-        "epochs": kept,
-        "gamma": best.get("val/gamma"),
-        "validation": {key: best[f"val/{key}"] for key in ("T1", "U", "S", "H")} if best else None,
-        "published": _best_published(progress.history),
-        "bundle_sha256": bundle.sha256,
-        "attributes": len(words),
-        "device": str(choose_device(config.train.device)),
-        "seconds": sum(entry["seconds"] for entry in history + progress.history),
-    }
-    checkpoint.save_model(out, model, config, info)
-    _remove_leftovers(out)
-    return info
+    return None
 
 
 def run_phase(
-    phase: Phase, config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path, report: Log
+    phase: Phase,
+    config: Config,
+    bundle: Bundle,
+    words: NDArray[np.float32],
+    out: Path,
+    report: Log,
+    saved: Callable[[], object] = lambda: None,
 ) -> tuple[SVIP, Progress]:
     """Train for the phase's epochs, from its last checkpoint if there is one."""
     folder = out / phase.name
-    folder.mkdir(exist_ok=True)
     device = choose_device(config.train.device)
     torch.manual_seed(config.train.seed)
     model = SVIP(config.model, config.data.image_size, torch.from_numpy(words)).to(device)
+    distributed.seed_dropout(config.train.seed)
     optimizer = build_optimizer(model, config.optim)
     dataset = ImageDataset(bundle, bundle.rows(*phase.roles), config.data, train=True, seed=config.train.seed)
     state = folder / "state.pt"
-    if state.exists():
+    if distributed.on_main(state.exists):
         progress = Progress(**checkpoint.load_state(state, model, optimizer))
         log.info("%s: resumed after epoch %d, step %d", phase.name, progress.epoch, progress.batch)
     else:
@@ -140,14 +170,25 @@ def run_phase(
         if config.model.head_init == "probe":
             probe_heads(model, config, bundle, dataset.rows, bundle.classes_with(*phase.class_roles))
 
+    def save(weights: Sequence[str] = ()) -> None:
+        generators = distributed.all_gather(distributed.rng_state())
+
+        def write() -> None:
+            folder.mkdir(exist_ok=True)
+            for name in weights:
+                checkpoint.save_weights(folder / name, model)
+            piles = piles_up(config, progress)
+            checkpoint.save_state(state, model, optimizer, vars(progress), generators, piles)
+            saved()
+
+        distributed.on_main(write)
+
     while progress.epoch < phase.epochs:
-        _train_epoch(phase, config, bundle, model, optimizer, dataset, progress, state)
+        _train_epoch(phase, config, bundle, model, optimizer, dataset, progress, save)
         entry = _finish_epoch(phase, config, bundle, model, progress)
-        if phase.name == "select" and _best(progress.history) is entry:
-            checkpoint.save_weights(folder / "best.safetensors", model)
-        if progress.epoch == phase.kept < phase.epochs:
-            checkpoint.save_weights(folder / "kept.safetensors", model)
-        checkpoint.save_state(state, model, optimizer, vars(progress), piles_up(config, progress))
+        best = phase.name == "select" and _best(progress.history) is entry
+        kept = progress.epoch == phase.kept < phase.epochs
+        save([*["best.safetensors"] * best, *["kept.safetensors"] * kept])
         report({k: v for k, v in entry.items() if "/" in k}, entry["epoch"], phase.name)
     return model, progress
 
@@ -160,7 +201,7 @@ def _train_epoch(
     optimizer: torch.optim.AdamW,
     dataset: ImageDataset,
     progress: Progress,
-    state: Path,
+    save: Callable[[], object],
 ) -> None:
     device = choose_device(config.train.device)
     classes = bundle.classes_with(*phase.class_roles)
@@ -182,6 +223,8 @@ def _train_epoch(
         config.optim.batch_size,
         config.train.seed,
         progress.epoch,
+        distributed.rank(),
+        distributed.world(),
         start_batch=progress.batch,
         reshuffle=config.optim.reshuffle,
         drop_last=config.optim.drop_last,
@@ -192,29 +235,35 @@ def _train_epoch(
         desc=f"{phase.name} epoch {progress.epoch + 1}/{phase.epochs}",
         initial=progress.batch,
         total=steps_per_epoch,
+        disable=not distributed.is_main(),
     )
+    forward = distributed.parallel(model)
     for images, labels, rows in bar:
         started = time.perf_counter()
         step = progress.epoch * steps_per_epoch + progress.batch
         set_rates(optimizer, rate_factor(config.optim, step, steps_per_epoch))
+        own, whole = order.sizes(progress.batch)
+        targets = position[labels].to(device)
         parts = train_step(
-            model, optimizer, config, images.to(device), position[labels].to(device), seen, groups, piles
+            model, optimizer, config, images.to(device), targets, seen, groups, piles, forward, own / whole
         )
         broken = next((name for name, value in parts.items() if not np.isfinite(value)), None)
         if broken:
-            names = ", ".join(bundle.split["path"].iloc[rows.tolist()])
+            of_batch = [row for part in distributed.all_gather(rows.tolist()[:own]) for row in part]
+            names = ", ".join(bundle.split["path"].iloc[of_batch])
             raise NonFiniteLoss(
                 f"the {broken} is {parts[broken]} in phase {phase.name}, epoch {progress.epoch + 1}, step "
                 f"{progress.batch + 1}; its images: {names}. Lower the learning rates, or set train.precision=fp32"
             )
         for name, value in parts.items():
-            progress.sums[name] = progress.sums.get(name, 0.0) + value * len(labels)
-        progress.images += len(labels)
+            progress.sums[name] = progress.sums.get(name, 0.0) + value * whole
+        progress.images += whole
         progress.batch += 1
         progress.seconds += time.perf_counter() - started
         bar.set_postfix(loss=f"{progress.sums['loss'] / progress.images:.3f}", refresh=False)
         if config.train.checkpoint_steps and progress.batch % config.train.checkpoint_steps == 0:
-            checkpoint.save_state(state, model, optimizer, vars(progress), piles)
+            save()
+            forward = distributed.parallel(model)
 
 
 def piles_up(config: Config, progress: Progress) -> bool:
@@ -231,17 +280,21 @@ def train_step(
     seen: Tensor,
     groups: Sequence[Tensor] = (),
     piles: bool = False,
+    forward: nn.Module | None = None,
+    share: float = 1.0,
 ) -> dict[str, float]:
     """One step on uint8 images [B, 3, S, S] with targets [B] among the seen classes' attributes [S, A].
 
     ``groups``: attribute numbers of each group, for ``loss.group_weight``. ``piles``: the backbone's gradients are
-    added to those that it has, and left there.
+    added to those that it has, and left there. Among several processes each has a ``share`` of the batch, and
+    ``forward`` is ``distributed.parallel``'s: together they do what one does on the whole batch, since every loss is a
+    mean over images.
 
     Returns the losses, unweighted but for their sum ``loss``. A non-finite loss changes nothing, nor does a non-finite
     gradient of a finite one: its norm is then returned too, as ``gradient``.
     """
     with autocast(config, images.device):
-        passes = model(images)
+        passes = (forward or model)(images)
     source = model.class_scores(passes.source, seen)  # [B, S]
     parts = {"loss_cls": losses.classification(source, targets)}
     total = parts["loss_cls"]
@@ -261,11 +314,13 @@ def train_step(
         parts["loss_patch"] = losses.patch(passes.patch_logits, passes.patch_targets)
         total = total + config.loss.lambda2 * parts["loss_patch"]
     values = {"loss": total.item()} | {name: value.item() for name, value in parts.items()}
+    values = distributed.mean(values, share)
     if np.isfinite(values["loss"]):
         aside = list(model.backbone.parameters()) if piles else []
         with _without_gradients(aside):
             optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        # of several processes' gradients the mean is taken
+        (total if distributed.world() == 1 else distributed.world() * share * total).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf).item()
         if np.isfinite(norm):
             with _without_gradients(aside):
@@ -298,6 +353,7 @@ def _finish_epoch(phase: Phase, config: Config, bundle: Bundle, model: SVIP, pro
         )
     if phase.name == "final" and config.train.published:
         entry |= {f"published/{name}": value for name, value in as_published(model, config, bundle).items()}
+    entry = distributed.broadcast(entry)  # that all go by the same numbers, whatever machine they run on
     progress.history.append(entry)
     progress.epoch += 1
     progress.batch, progress.images, progress.sums, progress.seconds = 0, 0, {}, 0.0
@@ -323,15 +379,25 @@ def as_published(model: SVIP, config: Config, bundle: Bundle) -> dict[str, float
 
 
 def _run_cached(
-    phase: Phase, config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path, report: Log
+    phase: Phase,
+    config: Config,
+    bundle: Bundle,
+    words: NDArray[np.float32],
+    out: Path,
+    report: Log,
+    saved: Callable[[], object],
 ) -> list[dict[str, Any]]:
     """The history of a phase whose model is not needed further; once finished it is never run again."""
     done = out / phase.name / "history.json"
-    if not done.exists():
-        _, progress = run_phase(phase, config, bundle, words, out, report)
-        checkpoint.write_json(done, progress.history)
-    (out / phase.name / "state.pt").unlink(missing_ok=True)
-    return list(json.loads(done.read_text(encoding="utf-8")))
+    if not distributed.on_main(done.exists):
+        _, progress = run_phase(phase, config, bundle, words, out, report, saved)
+        distributed.on_main(lambda: checkpoint.write_json(done, progress.history))
+
+    def tidied() -> list[dict[str, Any]]:
+        (out / phase.name / "state.pt").unlink(missing_ok=True)
+        return list(json.loads(done.read_text(encoding="utf-8")))
+
+    return distributed.on_main(tidied)
 
 
 def _best(history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import pandas as pd
 import pytest
 import requests
 import torch
+from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
@@ -219,3 +221,17 @@ def _answers(url: str) -> bool:
         return requests.get(url, timeout=5).ok
     except requests.ConnectionError:
         return False
+
+
+def test_logging_that_broke_off_is_finished_and_done_once(checkpoint: Path, store: str) -> None:
+    client = mlflow.MlflowClient(store)
+    with open_tracker("svip/broken-off", "train") as tracker:
+        experiment = client.get_run(tracker.run_id).info.experiment_id
+        digest = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+        begun = client.create_logged_model(experiment, "model", tracker.run_id, {"weights_sha256": digest})
+        client.log_outputs(tracker.run_id, [LoggedModelOutput(begun.model_id, 0)])
+        uri = log_checkpoint_model(tracker, checkpoint)
+        assert uri == f"models:/{begun.model_id}" == log_checkpoint_model(tracker, checkpoint)
+    (model,) = client.search_logged_models([experiment])
+    assert model.status == "READY"
+    assert [output.model_id for output in client.get_run(tracker.run_id).outputs.model_outputs] == [begun.model_id]

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -99,10 +100,11 @@ def test_its_artifacts_are_the_configuration_the_environment_and_the_vectors(don
 
 
 def test_mlflow_lists_the_data_of_each_run(done: Experiment, store: str) -> None:
+    client: Any = MlflowClient(store)
     used = {
         run: [
             (entry.dataset.name, entry.dataset.digest, entry.tags[0].value)
-            for entry in MlflowClient(store).get_run(run).inputs.dataset_inputs
+            for entry in client.get_run(run).inputs.dataset_inputs
         ]
         for run in (done.train, done.evaluate)
     }
@@ -110,16 +112,14 @@ def test_mlflow_lists_the_data_of_each_run(done: Experiment, store: str) -> None
     assert set(used[done.evaluate]) == {(*bundle, "testing")}
     assert (*bundle, "training") in used[done.train] and len(used[done.train]) == 2
     entry = next(
-        entry.dataset
-        for entry in MlflowClient(store).get_run(done.train).inputs.dataset_inputs
-        if entry.dataset.name == bundle[0]
+        entry.dataset for entry in client.get_run(done.train).inputs.dataset_inputs if entry.dataset.name == bundle[0]
     )
     assert json.loads(entry.source) == {"uri": str(done.bundle.path)} and entry.source_type == "local"
     assert json.loads(entry.profile)["images"]["train"] == 20
 
 
 def test_the_model_has_its_test_results(done: Experiment, store: str) -> None:
-    client = MlflowClient(store)
+    client: Any = MlflowClient(store)
     run = client.get_run(done.evaluate)
     (output,) = client.get_run(done.train).outputs.model_outputs
     metrics = {metric.key: metric for metric in client.get_logged_model(output.model_id).metrics}

@@ -17,7 +17,7 @@ from svip import steps
 from svip.config import Config, load_config, to_yaml
 from svip.data.bundle import Bundle
 from svip.semantics.vectors import Embedding, write_embedding
-from svip.steps import model as model_steps
+from svip.steps import training as training_step
 from svip.sweep import FailedRuns
 from svip.training.loop import Log
 
@@ -144,19 +144,19 @@ def test_an_interrupted_sweep_goes_on_within_the_run_that_it_was_in(
     ablate: Ablate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ablate(tmp_path / "whole")
-    train = model_steps.train_model
+    train = training_step.train_model
     epochs: list[tuple[str, int]] = []
 
-    def recorded(config: Config, data: Bundle, words: Any, out: Path, report: Log) -> dict[str, Any]:
+    def recorded(config: Config, data: Bundle, words: Any, out: Path, report: Log, *rest: Any) -> dict[str, Any]:
         def note(metrics: dict[str, float], epoch: int, phase: str) -> None:
             report(metrics, epoch, phase)
             epochs.append((f"{out.parts[-3]} {phase}", epoch))
             if epochs[-1] == ("baseline select", 1) and len(epochs) > 1:  # the second run, on the way
                 raise KeyboardInterrupt
 
-        return train(config, data, words, out, note)
+        return train(config, data, words, out, note, *rest)
 
-    monkeypatch.setattr(model_steps, "train_model", recorded)
+    monkeypatch.setattr(training_step, "train_model", recorded)
     with pytest.raises(KeyboardInterrupt):
         ablate(tmp_path / "out")
     assert epochs[-2][0] == "full final"

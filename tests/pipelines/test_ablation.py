@@ -42,6 +42,7 @@ def test_its_parameters_are_typed_and_the_default_is_small(compiled: dict[str, A
         "overrides": ("LIST", []),
         "variants": ("LIST", ["baseline", "full"]),
         "seeds": ("NUMBER_INTEGER", 1),
+        "continues": ("STRING", ""),
     }
 
 
@@ -52,8 +53,9 @@ def test_runs_are_a_loop_of_train_and_evaluate_whose_evaluations_make_the_table(
     assert {name: set(task.get("dependentTasks", [])) for name, task in steps.items()} == {
         "plan-ablation": set(),
         "open-run": {"plan-ablation"},
-        "prepare-data": {"open-run"},
-        "embed-attributes": {"prepare-data"},
+        "data-settings": {"open-run"},
+        "prepare-data": {"data-settings"},
+        "embed-attributes": {"data-settings", "prepare-data"},
         "for-loop-2": {"plan-ablation", "open-run", "prepare-data", "embed-attributes"},
         "ablate-table": {"plan-ablation", "open-run", "for-loop-2"},
     }
@@ -68,7 +70,7 @@ def test_runs_are_a_loop_of_train_and_evaluate_whose_evaluations_make_the_table(
 def test_its_components_only_call_their_steps_in_the_prebuilt_image(compiled: dict[str, Any]) -> None:
     executors = compiled["deploymentSpec"]["executors"]
     assert {name.removeprefix("exec-") for name in executors} == {
-        *("plan-ablation", "open-run", "prepare-data", "embed-attributes", "train", "evaluate"),
+        *("plan-ablation", "open-run", "data-settings", "prepare-data", "embed-attributes", "train", "evaluate"),
         *("ablate-table", "close-run"),
     }
     for name, executor in executors.items():

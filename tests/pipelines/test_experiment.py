@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from components import IMAGE
 from pipelines import catalog
-from pipelines.cli import compile_command
+from pipelines.cluster_cli import compile_command
 from pipelines.steplog import StepLog
 
 TINY = [
@@ -29,7 +29,7 @@ TINY = [
     "model.hidden=8",
     "optim.epochs=1",
 ]
-STEPS = ("open-run", "prepare-data", "embed-attributes", "train", "evaluate", "report", "close-run")
+STEPS = ("open-run", "data-settings", "prepare-data", "embed-attributes", "train", "evaluate", "report", "close-run")
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,12 @@ def source_of(compiled: dict[str, Any], step: str) -> str:
     return compiled["deploymentSpec"]["executors"][f"exec-{step}"]["container"]["command"][-1]
 
 
-def test_it_takes_a_preset_and_overrides_and_nothing_else(compiled: dict[str, Any]) -> None:
+def test_it_takes_a_preset_overrides_and_the_run_that_it_continues(compiled: dict[str, Any]) -> None:
     parameters = compiled["root"]["inputDefinitions"]["parameters"]
     assert {name: spec["parameterType"] for name, spec in parameters.items()} == {
         "preset": "STRING",
         "overrides": "LIST",
+        "continues": "STRING",
     }
 
 
@@ -58,8 +59,9 @@ def test_the_steps_run_in_order_and_close_run_always(compiled: dict[str, Any]) -
     inner = compiled["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     assert {name: set(task.get("dependentTasks", [])) for name, task in inner.items()} == {
         "open-run": set(),
-        "prepare-data": {"open-run"},
-        "embed-attributes": {"prepare-data"},
+        "data-settings": {"open-run"},
+        "prepare-data": {"data-settings"},
+        "embed-attributes": {"data-settings", "prepare-data"},
         "train": {"open-run", "prepare-data", "embed-attributes"},
         "evaluate": {"open-run", "prepare-data", "train"},
         "report": {"open-run", "prepare-data", "train", "evaluate"},
@@ -69,7 +71,7 @@ def test_the_steps_run_in_order_and_close_run_always(compiled: dict[str, Any]) -
 def test_a_run_id_is_never_taken_from_a_cache(compiled: dict[str, Any]) -> None:
     tasks = {**compiled["root"]["dag"]["tasks"], **compiled["components"]["comp-exit-handler-1"]["dag"]["tasks"]}
     uncached = {name for name, task in tasks.items() if "cachingOptions" in task and not task["cachingOptions"]}
-    assert uncached == {"open-run", "close-run"}
+    assert uncached == {"open-run", "data-settings", "close-run"}
 
 
 def test_open_run_and_close_run_name_the_run_alike(compiled: dict[str, Any]) -> None:
@@ -109,10 +111,12 @@ def test_artifacts_are_typed(compiled: dict[str, Any]) -> None:
     assert types == {
         ("prepare-data", "bundle"): "system.Dataset",
         ("embed-attributes", "vectors"): "system.Dataset",
+        ("embed-attributes", "words"): "system.Markdown",
         ("train", "checkpoint"): "system.Model",
         ("train", "metrics"): "system.Metrics",
         ("evaluate", "evaluation"): "system.Artifact",
         ("evaluate", "metrics"): "system.Metrics",
+        ("evaluate", "results"): "system.Markdown",
         ("report", "files"): "system.Artifact",
         ("report", "page"): "system.HTML",
     }
@@ -121,12 +125,14 @@ def test_artifacts_are_typed(compiled: dict[str, Any]) -> None:
 
 def test_every_component_has_a_readme_with_its_inputs_and_outputs() -> None:
     folders = [path.parent for path in (Path(__file__).parents[2] / "components").glob("*/component.py")]
-    assert {folder.name.replace("_", "-") for folder in folders} == {*STEPS, "plan-ablation", "ablate-table"}
+    others = {"plan-ablation", "ablate-table", "plan-tuning", "tune", "tuning-report"}
+    assert {folder.name.replace("_", "-") for folder in folders} == {*STEPS, *others}
+    part_of = {"ablate_table": "ablate", "plan_tuning": "tune", "tuning_report": "tune"}
     for folder in folders:
         readme = (folder / "README.md").read_text()
         step = folder.name
-        in_python = ("open_run", "close_run", "plan_ablation")
-        command = "ablate" if step == "ablate_table" else step.replace("_", "-")
+        in_python = ("open_run", "close_run", "data_settings", "plan_ablation")
+        command = part_of.get(step, step.replace("_", "-"))
         called = f"steps.{step}(" if step in in_python else f"\nsvip {command} "
         for part in ("## Inputs", "## Outputs", called):
             assert part in readme, f"{folder.name}/README.md has no {part!r}"
@@ -196,7 +202,9 @@ def test_a_small_run_leaves_a_report_numbers_a_checkpoint_and_closed_runs(odd_fo
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
     children = {run.info.run_name: run for run in runs if run not in parents}
-    assert {"train-svip", "evaluate-svip"} <= set(children)
+    changed = "depth=1 embed_dim=32 num_heads=2 hidden=8 epochs=1"
+    assert parents[0].info.run_name == f"experiment smoke {changed}"
+    assert set(children) == {f"train-svip {changed}", f"evaluate-svip {changed}"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parents[0].info.run_id}
 
 

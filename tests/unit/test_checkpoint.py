@@ -15,6 +15,7 @@ from svip.config import Config, load_config
 from svip.models.svip import SVIP
 from svip.training import checkpoint
 from svip.training.checkpoint import CheckpointError, load_model, load_state, save_model, save_state, write_atomically
+from svip.training.distributed import rng_state
 from svip.training.loop import train_step
 from svip.training.optim import build_optimizer
 
@@ -38,7 +39,7 @@ def saved(path: Path) -> tuple[Config, SVIP, AdamW]:
     config, model, optimizer = tiny()
     for _ in range(2):
         train_step(model, optimizer, config, IMAGES, TARGETS, SEEN)
-    save_state(path, model, optimizer, PROGRESS)
+    save_state(path, model, optimizer, PROGRESS, [rng_state()])
     return config, model, optimizer
 
 
@@ -108,7 +109,7 @@ class Touches:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "text", "code", "model", "optimizer", "rng", "progress"])
+@pytest.mark.parametrize("damage", ["empty", "half", "text", "code", "model", "optimizer", "generators", "progress"])
 def test_a_damaged_state_is_named_and_none_of_its_code_runs(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "state.pt"
     _, model, optimizer = saved(path)

@@ -110,7 +110,7 @@ def test_photos_go_the_usual_way_into_a_bundle(tmp_path: Path) -> None:
     prepare_data(config, tmp_path / "bundle")  # the same again: nothing to do
     assert (tmp_path / "bundle" / "bundle.json").stat().st_mtime_ns == before
     config.data.unseen_fraction = 0.3
-    assert prepare_data(config, tmp_path / "bundle").sha256 != bundle.sha256
+    assert prepare_data(config, tmp_path / "another").sha256 != bundle.sha256
     (tmp_path / "a" / "3.png").unlink()
     with pytest.raises(DataError, match=r"1 of 100 listed photos are missing(.|\n)*a/3\.png"):
         prepare_data(config, tmp_path / "bundle")
@@ -125,7 +125,10 @@ def test_other_roles_are_another_bundle(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / path)
     first = prepare_data(Config(data=write(tmp_path, classes_table(), images)), tmp_path / "bundle")
     images.loc[0, "role"] = "val_seen"
-    second = prepare_data(Config(data=write(tmp_path, classes_table(), images)), tmp_path / "bundle")
+    changed = Config(data=write(tmp_path, classes_table(), images))
+    with pytest.raises(DataError, match="holds another bundle .of other photos or another listing"):
+        prepare_data(changed, tmp_path / "bundle")
+    second = prepare_data(changed, tmp_path / "another")
     assert (first.split["role"][0], second.split["role"][0]) == ("train", "val_seen")
 
 

@@ -343,3 +343,11 @@ def test_one_command_ends_with_a_bundle(shared: Path, tmp_path: Path, monkeypatc
     bundle = prepare_data(config, tmp_path / "bundle")
     assert len(bundle.split) == len(photos) == 441
     assert "mirror" not in bundle.info["settings"]
+
+
+def test_what_is_there_of_many_is_mirrored_though_others_are_not(tmp_path: Path) -> None:
+    root, to = tmp_path / "data", tmp_path / "mirror"
+    fetch("xlsa17", root, str(xlsa17(tmp_path / "source")))
+    with pytest.raises(DataError, match=r"CUB_200_2011\.tgz, .*are not there; run .* \(xlsa17\.zip were copied\)"):
+        mirror("all", root, str(to))
+    assert (to / "xlsa17.zip.parts.json").exists()

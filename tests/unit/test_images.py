@@ -211,11 +211,15 @@ def test_ranks_part_each_epoch_and_resume_yields_its_tail(
     batch_size = max(batch_size, world)
     alone = list(EpochBatches(count, batch_size, 5, 2, shuffle=shuffle))
     ranks = [EpochBatches(count, batch_size, 5, 2, rank, world, shuffle=shuffle) for rank in range(world)]
-    positions = sorted(position for rank in ranks for batch in rank for _, position in batch)
-    assert positions == list(range(count))
+    assert sorted(position for batch in alone for _, position in batch) == list(range(count))
     for number, whole in enumerate(alone):
-        parts = [list(rank)[number] for rank in ranks if number < len(rank)]
-        assert sorted(item for part in parts for item in part) == sorted(whole)
+        sizes = [rank.sizes(number) for rank in ranks]
+        assert all(images == len(whole) for _, images in sizes)
+        parts = [list(rank)[number] for rank in ranks]
+        assert all(part == whole[:1] for part, (own, _) in zip(parts, sizes, strict=True) if not own), "takes part"
+        counted = [item for part, (own, _) in zip(parts, sizes, strict=True) for item in part[:own]]
+        assert sorted(counted) == sorted(whole)
+    assert {len(rank) for rank in ranks} == {len(alone)}, "all take as many steps"
     for number, rank in enumerate(ranks):
         resumed = EpochBatches(count, batch_size, 5, 2, number, world, start_batch=start, shuffle=shuffle)
         assert list(resumed) == list(rank)[start:]

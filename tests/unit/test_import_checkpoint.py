@@ -370,7 +370,13 @@ def test_a_folder_with_content_is_not_written_to_and_a_killed_import_is_no_obsta
     Path(".out.part/model.safetensors").touch()
     import_file()
     assert sorted(os.listdir()) == ["file.pth", "out", "words.npy"]
-    assert sorted(os.listdir("out")) == ["config.yaml", "history.json", "model.json", "model.safetensors"]
+    assert sorted(os.listdir("out")) == [
+        "config.yaml",
+        "history.json",
+        "made_of.json",
+        "model.json",
+        "model.safetensors",
+    ]
     assert len(json.loads(Path("out/model.json").read_text())["imported"]["sha256"]) == 64
 
 

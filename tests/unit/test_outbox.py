@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from svip import tracking
-from svip.tracking import TrackingError, open_tracker, outbox, sync
+from svip.tracking import TrackingError, open_tracker, outbox, sender, sync
 from svip.tracking.delivery import Delivery
 from svip.tracking.outbox import Busy, Journal
 from svip.tracking.store import client_of
@@ -298,3 +298,34 @@ def test_an_outbox_that_cant_be_made_is_replaced(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert outbox.outbox_folder() == tmp_path / f"svip-outbox-{os.getuid()}"
     assert tracking.outbox_folder().parent == tmp_path
+
+
+def test_a_pipeline_without_its_server_is_complete_after_a_sync(
+    store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
+    for name, value in {"FLUSH": 0.05, "SHORT_FLUSH": 0.05, "PAUSES": (0.01, 0.01)}.items():
+        monkeypatch.setattr(sender, name, value)
+    parent = tracking.open_run("pipeline-77", "svip/without", {"lr": 1}, {"preset": "smoke"})
+    with open_tracker("svip/without", "train", parent_run_id=parent) as tracker:
+        tracker.log_metrics({"val/H": 40.0}, 3)
+    (tmp_path / "report.html").write_text("<html>")
+    tracking.log_to_run(parent, {"test/H": 41.0}, [tmp_path / "report.html"])
+    tracking.close_run("pipeline-77", "SUCCEEDED")
+    by_id = tracking.open_run("pipeline-78", "svip/without", {})
+    tracking.close_run(by_id, "FAILED")
+    assert [result.left > 0 for result in sync(folder)] == [True] * len(list(folder.glob("*.jsonl")))
+
+    assert [result.problem for result in sync(folder, to=store)] == [""] * 4
+    found = {run.data.tags["outbox_id"]: run for run in runs(store, "svip/without")}
+    assert set(found) == {parent, tracker.run_id, by_id}
+    assert {key: run.info.status for key, run in found.items()} == {
+        parent: "FINISHED",
+        tracker.run_id: "FINISHED",
+        by_id: "FAILED",
+    }
+    assert found[tracker.run_id].data.tags["mlflow.parentRunId"] == found[parent].info.run_id
+    assert (found[parent].data.metrics, found[parent].data.params) == ({"test/H": 41.0}, {"lr": "1"})
+    files = MlflowClient(store).list_artifacts(found[parent].info.run_id)
+    assert [file.path for file in files] == ["report.html"]
+    assert not folder.exists()

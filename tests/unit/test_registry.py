@@ -85,7 +85,7 @@ def test_only_a_model_that_is_better_beyond_its_interval_becomes_champion(store:
     assert steps.register(best, name).reason == "it is the champion already"
     version = MlflowClient(store).get_model_version(name, "3")
     assert version.tags["H"] == f"{won.h.value:.2f}" and version.tags["protocol"] == "validation"
-    assert version.description.startswith("champion: better beyond") and version.run_id == best
+    assert str(version.description).startswith("champion: better beyond") and version.run_id == best
 
 
 @pytest.mark.parametrize(

@@ -127,14 +127,16 @@ def test_what_it_can_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("small")
-def test_preparing_again_does_nothing_unless_settings_changed(tmp_path: Path) -> None:
+def test_preparing_again_does_nothing_and_with_other_settings_is_refused(tmp_path: Path) -> None:
     def prepare(**changes: object) -> int:
         config = Config(data=dataclasses.replace(CONFIG, **changes))  # type: ignore[arg-type]
         return (prepare_data(config, tmp_path / "out").path / "images.bin").stat().st_ino
 
     first = prepare()
     assert prepare() == first
-    assert prepare(seed=4) != first
+    with pytest.raises(DataError, match=r"out holds another bundle \(data.seed=3 instead of 4\); give another --out"):
+        prepare(seed=4)
+    assert prepare() == first
 
 
 @pytest.mark.usefixtures("small")

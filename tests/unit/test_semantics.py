@@ -137,8 +137,10 @@ def test_keyed_vectors_in_memory_are_taken(glove: Path) -> None:
 
 def test_what_is_written_is_read_back(glove: Path, tmp_path: Path) -> None:
     written = embed_attributes([["red"], ["blue", "rde"]], ["red", "blue"], glove)
-    write_embedding(embed_attributes([["wing"]], ["old"], glove), tmp_path / "a" / "out")
-    write_embedding(written, tmp_path / "a" / "out")
+    for _ in range(2):  # the second time over the first
+        write_embedding(written, tmp_path / "a" / "out")
+    with pytest.raises(VectorsError, match=r"out holds other attribute vectors \(2 from glove\S*, pooling mean\)"):
+        write_embedding(embed_attributes([["wing"]], ["other"], glove), tmp_path / "a" / "out")
     back = read_embedding(tmp_path / "a" / "out")
     assert back.vectors.tolist() == written.vectors.tolist()
     assert (back.names, back.report) == (written.names, written.report)
@@ -146,8 +148,20 @@ def test_what_is_written_is_read_back(glove: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a" / "out").iterdir()) == [
         "attributes.txt",
         "report.json",
+        "report.md",
         "vectors.npy",
     ]
+
+
+def test_the_written_report_lists_words_without_a_vector_and_what_is_like_them(glove: Path, tmp_path: Path) -> None:
+    names = ["red", "has_wings"]
+    write_embedding(embed_attributes([["red"], ["wings"]], names, glove, allow_missing=True), tmp_path / "some")
+    text = (tmp_path / "some" / "report.md").read_text()
+    assert text.startswith("# 2 attribute vectors of size 3\n")
+    assert "| wings | wing |\n" in text
+    assert "No word of these attributes has one, so that their vectors are zero: has_wings." in text
+    write_embedding(embed_attributes([["red"]], ["red"], glove), tmp_path / "all")
+    assert "Every word has a vector." in (tmp_path / "all" / "report.md").read_text()
 
 
 def test_other_folders_are_not_overwritten(glove: Path, tmp_path: Path) -> None:

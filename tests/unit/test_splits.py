@@ -13,7 +13,6 @@ from scipy.io import loadmat, savemat
 
 from svip.config import Config, DataConfig
 from svip.data import prepare
-from svip.data.bundle import read_bundle
 from svip.data.catalog import CATALOG, DatasetSpec, attribute_file, photo_folder, xlsa17_folder
 from svip.data.errors import DataError
 from svip.data.photos import decode
@@ -379,7 +378,9 @@ def test_bundle_holds_the_resized_photos_of_the_listing(config: Config, tmp_path
     assert prepare.prepare_data(config, tmp_path / "whole").image(0).shape == (20, 30, 3)
 
 
-def test_finished_bundle_is_made_again_only_for_other_settings_or_photos(config: Config, tmp_path: Path) -> None:
+def test_finished_bundle_is_not_made_again_nor_replaced_by_one_of_other_settings(
+    config: Config, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
 
     def stamp() -> int:
@@ -390,13 +391,12 @@ def test_finished_bundle_is_made_again_only_for_other_settings_or_photos(config:
     config.data.root = str((tmp_path / "cub" / "..").absolute())  # same content by another name
     assert stamp() == first
     config.data.seed = 1
-    second = stamp()
-    assert second != first
+    with pytest.raises(DataError, match=r"out holds another bundle \(data.seed=0 instead of 1\); give another --out"):
+        stamp()
     (tmp_path / "cub/CUB_200_2011" / FILES[0]).unlink()
     config.data.allow_missing = True
-    prepare.prepare_data(config, out)
-    assert read_bundle(out).info["missing"] == [FILES[0]]
-    assert read_bundle(out).info["counts"]["missing"] == 1
+    info = prepare.prepare_data(config, tmp_path / "other").info
+    assert info["missing"] == [FILES[0]] and info["counts"]["missing"] == 1
 
 
 def test_unreadable_photos_are_named_together(config: Config, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from svip.config import Config, ConfigError, DataConfig
 from svip.data import synthetic
 from svip.data.bundle import Bundle
+from svip.data.errors import DataError
 from svip.data.prepare import prepare_data
 from svip.data.synthetic import COLORS, GROUPS, class_descriptions, draw_figure, render, write_synthetic
 from svip.semantics.attributes import Rules, attribute_phrases
@@ -62,14 +63,16 @@ def test_same_seed_gives_the_same_bundle_and_another_seed_another(tmp_path: Path
 
 
 @pytest.mark.usefixtures("one_image_a_role")
-def test_preparing_again_does_nothing_unless_settings_changed(tmp_path: Path) -> None:
+def test_preparing_again_does_nothing_and_with_other_settings_is_refused(tmp_path: Path) -> None:
     def prepare(**changes: object) -> int:
         config = Config(data=dataclasses.replace(CONFIG, **changes))  # type: ignore[arg-type]
         return (prepare_data(config, tmp_path / "out").path / "images.bin").stat().st_ino
 
     first = prepare()
     assert prepare() == first
-    assert prepare(fold=2) != first
+    with pytest.raises(DataError, match=r"out holds another bundle \(data.fold=1 instead of 2\); give another --out"):
+        prepare(fold=2)
+    assert prepare() == first
 
 
 @pytest.mark.usefixtures("one_image_a_role")

@@ -1,0 +1,90 @@
+"""Write a pipeline as the YAML file that Kubeflow Pipelines takes, with what a cluster has for each of its tasks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+from kfp.compiler import Compiler
+from kfp.dsl.pipeline_context import Pipeline
+
+from pipelines.catalog import PipelineError, find_pipeline
+from pipelines.settings import TRAINING_STEPS, Cluster
+
+RETRY_UNTIL = f"{30 * 24 * 3600}s"
+"""A step is tried again until this long after its first start; kfp says an hour, less than many a training takes."""
+
+
+def compile_pipeline(
+    name: str, out: Path, cluster: Cluster | None = None, parameters: Mapping[str, Any] | None = None
+) -> None:
+    """Compile to ``out``; ``parameters`` become the defaults of the pipeline's own.
+
+    With a ``cluster`` the file has a second YAML document, which local runners do without. PipelineError for a
+    parameter that the pipeline lacks.
+    """
+    pipeline, values = find_pipeline(name), dict(parameters or {})
+    strange = sorted(set(values) - set(pipeline.component_spec.inputs))
+    if strange:
+        raise PipelineError(f"pipeline {name} has no {', '.join(strange)}; leave out --{' and --'.join(strange)}")
+    if cluster:
+        pipeline = with_settings(pipeline, cluster)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.stem}.part.yaml")  # the compiler looks at the suffix
+    Compiler().compile(pipeline, str(part), pipeline_parameters=values or None)
+    part.replace(out)
+
+
+def with_settings(pipeline: Any, cluster: Cluster) -> Any:
+    """The same pipeline, with what the cluster has for each of its tasks."""
+    source = pipeline.pipeline_func
+
+    @functools.wraps(source)
+    def configured(*arguments: Any) -> Any:
+        outputs = source(*arguments)
+        for task in Pipeline.get_default_pipeline().tasks.values():
+            configure(task, task.component_spec.name.replace("-", "_"), cluster)
+        return outputs
+
+    return dsl.pipeline(name=pipeline.name, description=pipeline.description)(configured)
+
+
+def configure(task: dsl.PipelineTask, name: str, cluster: Cluster) -> None:
+    """Put the settings of component ``name`` on a task."""
+    try:
+        from kfp import kubernetes
+    except ImportError:
+        raise PipelineError("what a cluster has is compiled by kfp-kubernetes: pip install 'svip[cluster]'") from None
+    step = cluster.step(name)
+    if cluster.image:
+        task.set_container_image(cluster.image)
+    if step.cpu:
+        task.set_cpu_request(step.cpu)
+    if step.memory:
+        task.set_memory_request(step.memory).set_memory_limit(step.memory)
+    if step.gpus and not (name in TRAINING_STEPS and cluster.training.nodes > 1):  # the pods of its TrainJob have them
+        task.set_accelerator_type(step.gpu_type).set_accelerator_limit(step.gpus)
+    if step.retries:
+        task.set_retry(step.retries, f"{step.retry_pause}s", backoff_factor=2.0, backoff_max_duration=RETRY_UNTIL)
+    if not step.cache:
+        task.set_caching_options(False)
+    for variable, value in cluster.environment(name).items():
+        task.set_env_variable(variable, value)
+    for secret, keys in step.secrets.items():
+        if keys:
+            kubernetes.use_secret_as_env(task, secret, {key: key for key in keys})
+    for claim, folder in step.volumes.items():
+        if folder:
+            kubernetes.mount_pvc(task, claim, folder)
+    if step.shm:
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=step.shm)
+    for label, wanted in step.node_selector.items():
+        if wanted is not None:
+            kubernetes.add_node_selector(task, label, wanted)
+    for taint in step.tolerations:
+        kubernetes.add_toleration(task, taint.key, taint.operator, taint.value, taint.effect, taint.seconds)
+    if cluster.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, cluster.image_pull_secrets)

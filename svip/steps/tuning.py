@@ -1,0 +1,287 @@
+"""Steps that tune: a whole study on this machine, or its parts, for workers on many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from svip import tracking
+from svip.config import Config, flatten, load_config
+from svip.steps.inputs import open_inputs
+from svip.steps.runs import experiment_of
+from svip.training import distributed
+from svip.training.checkpoint import AFTER_TRAINING, write_config, write_json
+from svip.training.launch import launch, processes_for
+from svip.tuning.dashboard import show_dashboard
+from svip.tuning.launch import run_workers
+from svip.tuning.objective import check_objective
+from svip.tuning.report import best_trial, write_report
+from svip.tuning.space import Parameter, Space, assignments, load_space, own_values
+from svip.tuning.storage import STORAGE, TuningError, hide_password, storage_address
+from svip.tuning.study import PRUNERS, SAMPLERS, Settings, Study, create_study, open_study
+from svip.tuning.worker import Worker
+
+log = logging.getLogger(__name__)
+
+FREE = (*AFTER_TRAINING, "train.checkpoint_steps", "data.root")
+"""Beginnings of the keys that may be others when a study goes on."""
+
+
+def tune(
+    bundle: str,
+    vectors: str,
+    out: str,
+    preset: str,
+    space: str = "",
+    trials: int = 20,
+    workers: int = 1,
+    storage: str = "",
+    sampler: str = "tpe",
+    pruner: str = "median",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    parent_run_id: str = "",
+    name: str = "",
+    max_errors: int = 10,
+    heartbeat: int = 15,
+    processes: int = 0,
+) -> dict[str, Any]:
+    """Tune on the validation classes with so many worker processes; what is in ``out`` goes on, or is finished.
+
+    ``storage``: a database's URL (else SVIP_TUNING_STORAGE, else ``out``/study.journal). ``name``: of the study.
+    ``processes``: how many train one trial together (0: one for each of the worker's GPUs).
+    Returns ``trial``, ``H``, ``overrides`` (the best values) and ``page``. Raises SpaceError, TuningError, ConfigError.
+    """
+    directory, address = Path(out), storage_address(storage, Path(out))
+    config, study = _plan(
+        *(bundle, vectors, directory, preset, space, trials, address, sampler, pruner, seed, overrides, name, heartbeat)
+    )
+    if not study.is_finished():
+        with tracking.open_tracker(
+            experiment_of(config),
+            f"tune-{preset}",
+            parent_run_id=parent_run_id or None,
+            run_id=study.run_id or None,
+            tags={"preset": preset, "step": "tune", "study": study.name},
+        ) as tracker:
+            study.set_run_id(tracker.run_id)
+            tracker.log_params(flatten(config))
+            try:
+                arguments = ["--bundle", bundle, "--vectors", vectors, "--out", out, f"--max-errors={max_errors}"]
+                arguments.append(f"--processes={processes}")
+                run_workers(study, arguments, workers, address, directory / "workers")
+            except KeyboardInterrupt:
+                log.info("stopped: %d of %d trials are done; the same command goes on", len(study.ended_well()), trials)
+                raise
+            finally:
+                _report(study, directory, directory, tracker)
+    return _result(study, directory)
+
+
+def plan_tuning(
+    bundle: str,
+    vectors: str,
+    out: str,
+    preset: str,
+    space: str = "",
+    trials: int = 20,
+    workers: int = 2,
+    overrides: Sequence[str] = (),
+    parent_run_id: str = "",
+    name: str = "",
+    heartbeat: int = 15,
+) -> list[str]:
+    """Start a study for workers elsewhere, whose trials are children of ``parent_run_id``; the workers' names.
+
+    Where SVIP_WORK is a folder, what all workers share lies there, not in ``out``.
+    """
+    name = name or (f"tuning-{parent_run_id[:12]}" if parent_run_id else "")
+    address = storage_address("", _shared(name, Path(out)))
+    if "://" not in address and "KUBERNETES_SERVICE_HOST" in os.environ:
+        raise TuningError(
+            "workers in other pods need a database: set SVIP_TUNING_STORAGE to its postgresql:// address (on a cluster "
+            "it is in the Secret svip-tuning)"
+        )
+    options: dict[str, Any] = {"overrides": overrides, "name": name, "heartbeat": heartbeat}
+    _, study = _plan(bundle, vectors, Path(out), preset, space, trials, address, shared=True, **options)
+    study.set_run_id(parent_run_id)
+    return [f"worker-{number}" for number in range(min(workers, trials))]
+
+
+def tune_worker(
+    bundle: str, vectors: str, study: str, max_errors: int = 10, processes: int = 0, storage: str = ""
+) -> int:
+    """Work at the study of that folder until it is finished; the number of trials that ended well meanwhile.
+
+    ``processes``: how many train a trial together (0: SVIP_PROCESSES, else one for each GPU). Under torchrun this
+    process joins the others.
+    """
+    folder = Path(study)
+    config = load_config(str(folder / "config.yaml"))
+    processes = 1 if distributed.started_by_torchrun() else processes_for(config.train.device, processes)
+    if processes == 1:
+        with distributed.joined():
+            return _work(bundle, vectors, folder, config, max_errors, storage)
+    opened, _ = _open(folder, storage)
+    before = len(opened.ended_well())
+    os.environ[STORAGE] = storage_address(storage, _open(folder, storage)[1])  # it may hold a password
+    files = [f"--bundle={bundle}", f"--vectors={vectors}", f"--out={study}", f"--max-errors={max_errors}"]
+    launch(["tune", "--worker", *files], processes)
+    return len(opened.ended_well()) - before
+
+
+def _work(bundle: str, vectors: str, folder: Path, config: Config, max_errors: int, storage: str) -> int:
+    record, space = _read(folder)
+    data, embedding = open_inputs(config, record["preset"], bundle, vectors)
+    opened, work = _open(folder, storage)
+    now = {"bundle_sha256": data.sha256, "words_sha256": _sha256(embedding.vectors)}
+    if now != {key: getattr(opened.settings, key) for key in now}:
+        raise TuningError(f"study {opened.name} was begun with another bundle or other word vectors than these")
+    base, trials = folder / "config.yaml", work / "trials"
+    arguments = (opened, space, record["preset"], base, data, embedding.vectors, trials, experiment_of(config))
+    return Worker(*arguments, max_errors).work()
+
+
+def tuning_report(study: str, out: str, parent_run_id: str = "") -> dict[str, Any]:
+    """Write what a study has found to ``out``, and to its MLflow run; the result as of ``tune``."""
+    opened, _ = _open(Path(study))
+    if not opened.is_finished():
+        raise TuningError(
+            f"study {opened.name}: {len(opened.ended_well())} of {opened.trials} trials have ended; run more workers"
+        )
+    files = _report(opened, Path(study), Path(out))
+    result = _result(opened, Path(out))
+    if parent_run_id:
+        tracking.log_to_run(parent_run_id, {"best/val/H": result["H"]}, files)
+    return result
+
+
+def tuning_dashboard(study: str, storage: str = "", port: int = 8080) -> None:
+    """Serve optuna-dashboard for the study of that folder on this machine, until it is interrupted."""
+    opened, _ = _open(Path(study), storage)
+    show_dashboard(opened, port)
+
+
+def _plan(
+    bundle: str,
+    vectors: str,
+    out: Path,
+    preset: str,
+    space: str,
+    trials: int,
+    address: str,
+    sampler: str = "tpe",
+    pruner: str = "median",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    name: str = "",
+    heartbeat: int = 15,
+    shared: bool = False,
+) -> tuple[Config, Study]:
+    """Check everything, then make the study, or go on with that of ``out``, and have its trials wait."""
+    for option, value, known in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
+        if value not in known:
+            raise TuningError(f"unknown {option} {value!r}; there are: {', '.join(known)}")
+    if trials < 1:
+        raise TuningError(f"trials={trials}: expected at least 1")
+    config = load_config(preset, overrides)
+    parameters = load_space(space, preset, overrides)
+    data, embedding = open_inputs(config, preset, bundle, vectors)
+    check_objective(config, data)
+    settings = Settings(
+        preset=preset,
+        config={key: value for key, value in flatten(config).items() if not key.startswith(FREE)},
+        space=_plain([vars(parameter) for parameter in parameters]),
+        bundle_sha256=data.sha256,
+        words_sha256=_sha256(embedding.vectors),
+        sampler=sampler,
+        pruner=pruner,
+        seed=seed,
+    )
+    kept = hide_password(address) if "://" in address else "study.journal"
+    record: dict[str, Any] = {"name": name or f"{config.data.dataset}-{secrets.token_hex(4)}", "storage": kept}
+    if (out / "study.json").exists():
+        before, _ = _read(out)
+        if name and name != before["name"]:
+            raise TuningError(f"{out} holds study {before['name']}, not {name}; use another --out")
+        if before["storage"] != kept:
+            raise TuningError(f"study {before['name']} of {out} is kept in {before['storage']}; give that as --storage")
+        record["name"] = before["name"]
+    out.mkdir(parents=True, exist_ok=True)
+    home = _shared(record["name"], out) if shared else out
+    study = create_study(record["name"], address, home, settings, trials, heartbeat)
+    write_config(out, config)
+    record |= {"shared": shared, "preset": preset, "heartbeat": heartbeat, "space": settings.space}
+    write_json(out / "study.json", record)
+    first = own_values(parameters, config)
+    if first is None:
+        log.info("the preset's own values lie outside of the search space, so no trial tries them")
+    study.fill(first)
+    return config, study
+
+
+def _open(folder: Path, storage: str = "") -> tuple[Study, Path]:
+    """The study that study.json of that folder names, and the folder that its workers share."""
+    record, _ = _read(folder)
+    work = _shared(record["name"], folder) if record["shared"] else folder
+    return open_study(record["name"], storage_address(storage, work), work, record["heartbeat"]), work
+
+
+def _shared(name: str, folder: Path) -> Path:
+    """The study's place in SVIP_WORK, where that is a folder; else ``folder``."""
+    work = os.environ.get("SVIP_WORK", "")
+    return Path(work) / "tuning" / name if name and work and "://" not in work else folder
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Space]:
+    """study.json's content, and its search space."""
+    if not (folder / "study.json").is_file():
+        raise TuningError(f"{folder} holds no study (no study.json); start one with `svip tune --out`")
+    record = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    rows = [
+        row | {"choices": tuple(row["choices"]), "when": {key: tuple(values) for key, values in row["when"].items()}}
+        for row in record["space"]
+    ]
+    return record, tuple(Parameter(**row) for row in rows)
+
+
+def _report(study: Study, folder: Path, out: Path, tracker: tracking.Tracker | None = None) -> list[Path]:
+    record, space = _read(folder)
+    files = write_report(study, space, record["preset"], folder / "config.yaml", out)
+    best = best_trial(study)
+    if tracker is not None:
+        for file in files:
+            tracker.log_artifact(file)
+        if best is not None:
+            tracker.log_metrics({"best/val/H": float(best.value or 0)})
+            tracker.set_tags({"best.trial": str(best.number), "best.overrides": " ".join(assignments(best.params))})
+    return files
+
+
+def _result(study: Study, out: Path) -> dict[str, Any]:
+    best = best_trial(study)
+    if best is None:
+        raise TuningError(f"study {study.name}: all trials were pruned, none finished; use another --pruner")
+    return {
+        "trial": best.number,
+        "H": float(best.value or 0),
+        "overrides": assignments(best.params),
+        "page": str(out / "tuning.html"),
+    }
+
+
+def _plain(content: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(content))
+
+
+def _sha256(words: NDArray[Any]) -> str:
+    return hashlib.sha256(words.tobytes()).hexdigest()

@@ -1,0 +1,180 @@
+"""Running pipelines on this machine: what containers see of it, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines import containers, local
+from pipelines.catalog import PipelineError
+from svip.config import load_config
+
+
+def mounted(mounts: list[Any]) -> dict[str, bool]:
+    """Path -> whether it can only be read; a path is the same inside as outside."""
+    assert all(mount["Source"] == mount["Target"] for mount in mounts)
+    return {mount["Source"]: mount["ReadOnly"] for mount in mounts}
+
+
+def test_what_a_mounted_folder_holds_is_not_mounted_again(tmp_path: Path) -> None:
+    (tmp_path / "work" / "data").mkdir(parents=True)
+    (tmp_path / "glove.txt").touch()
+    work, inner, vectors = (str(tmp_path / name) for name in ("work", "work/data", "glove.txt"))
+    assert mounted(containers.mounts([work], [inner, vectors])) == {work: False, vectors: True}
+
+
+def test_what_is_written_below_a_folder_that_is_only_read_is_mounted_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    made = mounted(containers.mounts([str(tmp_path / "out")], [str(tmp_path)]))
+    assert made == {str(tmp_path / "out"): False, str(tmp_path): True}
+
+
+def test_a_link_out_of_the_working_folder_leads_somewhere_in_the_container_too(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "data").symlink_to(tmp_path / "disk")
+    made = mounted(containers.mounts([str(tmp_path / "work")], [str(tmp_path / "work" / "data")]))
+    assert made == {str(tmp_path / "work"): False, str(tmp_path / "disk"): True}
+
+
+def test_the_files_that_a_configuration_names_are_seen_and_addresses_and_names_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "tables").mkdir()
+    for name in ("glove.zip", "tables/images.csv", "vit.safetensors", "mine.yaml"):
+        (tmp_path / name).touch()
+    overrides = [
+        f"semantics.vectors={tmp_path}/glove.zip::glove.6B.300d.txt",
+        f"data.images={tmp_path}/tables/images.csv",
+        "data.mirror=s3://team/zsl",
+        f"model.weights={tmp_path}/vit.safetensors",
+    ]
+    config = load_config("smoke", overrides)
+    named = containers.sources(config, str(tmp_path / "mine.yaml"))
+    expected = {tmp_path / name for name in ("glove.zip", "tables", "vit.safetensors", "mine.yaml")}
+    assert set(map(Path, named)) == expected
+    assert containers.sources(load_config("smoke", ["model.weights=timm"]), "smoke") == []
+
+
+def test_containers_inherit_settings_and_credentials_and_nothing_else() -> None:
+    outside = {"AWS_SECRET_ACCESS_KEY": "s", "MLFLOW_TRACKING_URI": "m", "HTTPS_PROXY": "p", "SSH_AUTH_SOCK": "x"}
+    passed = containers.passed_environment({**outside, "PATH": "/bin", "TMPDIR": "/var/mine"})
+    assert {name: passed[name] for name in outside if name in passed} == {
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "MLFLOW_TRACKING_URI": "m",
+        "HTTPS_PROXY": "p",
+    }
+    assert passed["TMPDIR"] == "/tmp"
+    assert "PATH" not in passed
+
+
+def test_a_step_that_left_less_than_it_should_is_found_by_its_outputs(tmp_path: Path) -> None:
+    def artifact(name: str, kind: str) -> dict[str, Any]:
+        return {"artifacts": [{"uri": str(tmp_path / name), "type": {"schemaTitle": kind}}]}
+
+    outputs = {
+        "parameters": {"Output": {}},
+        "outputFile": str(tmp_path / "executor_output.json"),
+        "artifacts": {
+            "checkpoint": artifact("checkpoint", "system.Model"),
+            "metrics": artifact("metrics", "system.Metrics"),
+        },
+    }
+    command = ["sh", "-ec", "...", "--executor_input", json.dumps({"outputs": outputs}), "--function_to_execute", "f"]
+    assert containers.missing_outputs(command) == [outputs["outputFile"], str(tmp_path / "checkpoint")]
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "executor_output.json").touch()
+    assert containers.missing_outputs(command) == []
+
+
+def test_an_unknown_runner_and_an_engine_that_does_not_answer_are_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PipelineError, match="unknown runner 'podman'; there are: subprocess, docker"):
+        local.run("experiment", "smoke", [], tmp_path / "out", runner="podman")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nowhere.sock")
+    with pytest.raises(PipelineError, match="no Docker engine answers at unix://.*nowhere.sock: start one"):
+        local.run("experiment", "smoke", [], tmp_path / "out", runner="docker")
+
+
+class Run:
+    """A run of the smoke experiment that is begun in ``folder``, to be interfered with."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        command = [sys.executable, "-m", "svip.cli", "pipeline", "run", "experiment", "--out", "out", *overrides]
+        self._log = folder / "said"
+        with self._log.open("w") as said:
+            self.process = subprocess.Popen(command, cwd=folder, env=settings, stdout=said, stderr=said)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, line: str) -> int:
+        """Wait until it said so; the process of the step that runs."""
+        deadline = time.monotonic() + 600
+        while line not in self.said:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.said
+            time.sleep(0.1)
+        (step,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(step)
+
+
+def statuses(folder: Path) -> tuple[str, list[str]]:
+    """Of the pipeline's MLflow run, and of those nested in it."""
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("svip/synthetic")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    return parent.info.status, [run.info.status for run in runs if run is not parent]
+
+
+@pytest.mark.slow
+def test_a_terminated_pipeline_ends_its_step_and_its_runs(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    try:
+        step = run.wait_for("== train")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(60) != 0
+    finally:
+        run.process.kill()
+    assert not Path(f"/proc/{step}").exists()
+    assert "stopped. The same command" in run.said
+    parent, nested = statuses(tmp_path)
+    assert parent == "KILLED"
+    assert set(nested) <= {"KILLED"}
+
+
+@pytest.mark.slow
+def test_the_command_of_a_pipeline_that_was_killed_goes_on_with_its_training(tmp_path: Path) -> None:
+    tiny = ["model.backbone_args.depth=1", "model.backbone_args.embed_dim=32", "model.backbone_args.num_heads=2"]
+    settings = (*tiny, "model.hidden=8", "optim.epochs=2")
+    first = Run(tmp_path, *settings)
+    step = first.wait_for("select epoch 1: loss")
+    os.kill(first.process.pid, signal.SIGKILL)
+    os.kill(step, signal.SIGKILL)
+    first.process.wait(60)
+
+    again = Run(tmp_path, *settings)
+    try:
+        assert again.process.wait(600) == 0, again.said
+    finally:
+        again.process.terminate()
+    assert "select: resumed after epoch 1" in again.said
+    assert "select epoch 1: loss" not in again.said
+    parent, nested = statuses(tmp_path)
+    assert {parent, *nested} == {"FINISHED"}, "the runs were gone on with too"
+    assert not (tmp_path / "out" / "work").exists()
