@@ -56,9 +56,9 @@ def code_diff() -> CodeDiff | None:
         return None
     try:
         with tempfile.TemporaryDirectory() as folder:
-            # in an index of its own, so that new files can be added to it
+            # in an index of its own, so that new files can be added; its time tells git which entries it has to look at
             index = Path(folder) / "index"
-            shutil.copyfile(checkout / _git(checkout, "rev-parse", "--git-path", "index").strip(), index)
+            shutil.copy2(checkout / _git(checkout, "rev-parse", "--git-path", "index").strip(), index)
             packages = [name for name in PACKAGES if (checkout / name).is_dir()]
             _git(checkout, "add", "--intent-to-add", "--", *packages, index=index)
             text = _git(checkout, "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", index=index)
