@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from svip.tracking import sender
 from svip.tracking.delivery import Delivery
 from svip.tracking.outbox import Busy, Journal, journals
 from svip.tracking.store import TrackingError, client_of, first_line, is_away, reason, tracking_uri, without_password
+
+ATTEMPTS = 3
+"""Failures in a row after which a server counts as away."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +61,26 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
     before, problem, refused = len(journal.pending()), silent.get(uri, ""), 0
     if "***" in uri:
         problem = f"the password of {uri} isn't kept; set MLFLOW_TRACKING_URI to it"
+    delivery: Delivery | None = None
     if not problem:
-        try:
-            delivery = Delivery(client_of(uri), journal, new=False)
-            while delivery.step() or _end(journal):
-                pass
-            refused = delivery.refused
-        except Exception as error:  # the others may go
-            away = is_away(error)
-            problem = (
-                f"MLflow at {without_password(uri)} does not answer ({reason(error)})" if away else first_line(error)
-            )
-            if away:
-                silent[uri] = problem
+        failures = 0
+        while True:
+            try:
+                delivery = delivery or Delivery(client_of(uri), journal, new=False)
+                while delivery.step() or _end(journal):
+                    failures = 0
+                refused = delivery.refused
+                break
+            except Exception as error:  # the others may go
+                failures += 1
+                away = is_away(error)
+                if away and failures < ATTEMPTS:  # one connection that was just closed is no silent server
+                    time.sleep(failures * sender.PAUSES[0])
+                    continue
+                problem = first_line(error)
+                if away:
+                    problem = silent[uri] = f"MLflow at {without_password(uri)} does not answer ({reason(error)})"
+                break
     left, run_id = len(journal.pending()), journal.run_id or journal.id
     if problem:
         journal.sync()
