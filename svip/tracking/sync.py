@@ -61,26 +61,13 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
     before, problem, refused = len(journal.pending()), silent.get(uri, ""), 0
     if "***" in uri:
         problem = f"the password of {uri} isn't kept; set MLFLOW_TRACKING_URI to it"
-    delivery: Delivery | None = None
     if not problem:
-        failures = 0
-        while True:
-            try:
-                delivery = delivery or Delivery(client_of(uri), journal, new=False)
-                while delivery.step() or _end(journal):
-                    failures = 0
-                refused = delivery.refused
-                break
-            except Exception as error:  # the others may go
-                failures += 1
-                away = is_away(error)
-                if away and failures < ATTEMPTS:  # one connection that was just closed is no silent server
-                    time.sleep(failures * sender.PAUSES[0])
-                    continue
-                problem = first_line(error)
-                if away:
-                    problem = silent[uri] = f"MLflow at {without_password(uri)} does not answer ({reason(error)})"
-                break
+        try:
+            refused = _deliver(journal, uri)
+        except Exception as error:  # the others may go
+            problem = first_line(error)
+            if is_away(error):
+                problem = silent[uri] = f"MLflow at {without_password(uri)} does not answer ({reason(error)})"
     left, run_id = len(journal.pending()), journal.run_id or journal.id
     if problem:
         journal.sync()
@@ -88,6 +75,22 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
     else:
         journal.remove()
     return Synced(run_id, without_password(uri), max(before - left, 0) - refused, left, refused, problem)
+
+
+def _deliver(journal: Journal, uri: str) -> int:
+    """Send all of it; how many records were refused. Raises what was wrong, silence after ATTEMPTS in a row."""
+    delivery = Delivery(client_of(uri), journal, new=False)
+    failures = 0
+    while True:
+        try:
+            while delivery.step() or _end(journal):
+                failures = 0
+            return delivery.refused
+        except Exception as error:
+            failures += 1  # one connection that was just closed is no silent server
+            if failures == ATTEMPTS or not is_away(error):
+                raise
+            time.sleep(failures * sender.PAUSES[0])
 
 
 def _end(journal: Journal) -> bool:
