@@ -255,6 +255,7 @@ def test_the_page_of_an_evaluation_has_its_results_and_its_pictures(runs: Runs, 
     page = f"/experiments/{runs.experiment}/runs/{run.info.run_id}"
     h = runs.h(run.info.run_id)
     browser.open(page, f"evaluate-svip {NAMES[1]}", "gamma chosen on the validation classes", "test/H", h, "changes")
+    browser.shows(page, "synthetic-standard (", "bundle_sha256")
     browser.open(f"{page}/artifacts/charts/unseen_confusions.png", "unseen_confusions.png")
     browser.has_image()
 
@@ -269,4 +270,16 @@ def test_the_page_of_a_training_links_its_model(runs: Runs, browser: Browser) ->
     run = runs.child(runs.parents[0], "train")
     browser.open(f"/experiments/{runs.experiment}/runs/{run.info.run_id}", f"train-svip {NAMES[0]}", "val/H", "model")
     (model,) = runs.client.search_logged_models([runs.experiment])
-    browser.open(f"/experiments/{runs.experiment}/models/{model.model_id}", "model", f"train-svip {NAMES[0]}")
+    h = runs.h(runs.child(runs.parents[0], "evaluate").info.run_id)
+    browser.open(f"/experiments/{runs.experiment}/models/{model.model_id}", f"train-svip {NAMES[0]}", "test/H", h)
+
+
+def test_the_page_of_a_registered_version_says_what_it_reached(
+    runs: Runs, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.uri)
+    registration = steps.register(runs.parents[0])
+    page = f"/models/{registration.name}/versions/{registration.version}"
+    browser.open(page, "champion", "champion: the first version", f"{registration.h.value:.2f}", "validation")
+    model = runs.client.get_model_version(registration.name, registration.version).model_id
+    browser.open(f"/experiments/{runs.experiment}/models/{model}", f"{registration.name} v1")
