@@ -25,7 +25,7 @@ from svip.tuning.launch import run_workers
 from svip.tuning.objective import check_objective
 from svip.tuning.report import best_trial, write_report
 from svip.tuning.space import Parameter, Space, assignments, load_space, own_values
-from svip.tuning.storage import STORAGE, TuningError, hide_password, storage_address
+from svip.tuning.storage import STORAGE, TuningError, storage_address
 from svip.tuning.study import PRUNERS, SAMPLERS, Settings, Study, create_study, open_study
 from svip.tuning.worker import Worker
 
@@ -130,11 +130,10 @@ def tune_worker(
     if processes == 1:
         with distributed.joined():
             return _work(bundle, vectors, folder, config, max_errors, storage)
-    opened, _ = _open(folder, storage)
+    opened, work = _open(folder, storage)
     before = len(opened.ended_well())
-    os.environ[STORAGE] = storage_address(storage, _open(folder, storage)[1])  # it may hold a password
     files = [f"--bundle={bundle}", f"--vectors={vectors}", f"--out={study}", f"--max-errors={max_errors}"]
-    launch(["tune", "--worker", *files], processes)
+    launch(["tune", "--worker", *files], processes, {STORAGE: storage_address(storage, work)})  # it may hold a password
     return len(opened.ended_well()) - before
 
 
@@ -206,7 +205,7 @@ def _plan(
         pruner=pruner,
         seed=seed,
     )
-    kept = hide_password(address) if "://" in address else "study.journal"
+    kept = tracking.without_password(address) if "://" in address else "study.journal"
     record: dict[str, Any] = {"name": name or f"{config.data.dataset}-{secrets.token_hex(4)}", "storage": kept}
     if (out / "study.json").exists():
         before, _ = _read(out)
