@@ -46,7 +46,8 @@ def processes_for(device: str, value: int = 0) -> int:
 def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, str]) -> None:
     """Run ``svip`` with these arguments in so many processes that train together, and wait for them.
 
-    ``environment``: what is another in theirs. SIGTERM and SIGINT are passed on, and then end this one too. WorkerFailed says which process failed, and with what.
+    ``environment``: what is another in theirs. SIGTERM and SIGINT are passed on, and then end this one too.
+    WorkerFailed says which process failed, and with what.
     """
     for attempt in range(RESTARTS + 1):
         failure = _run(arguments, processes, environment)
@@ -59,9 +60,7 @@ def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, s
         log.warning("%s; going on from the last checkpoint", _described(rank, cause, processes))
 
 
-def _run(
-    arguments: Sequence[str], processes: int, environment: Mapping[str, str]
-) -> tuple[int, ProcessFailure] | None:
+def _run(arguments: Sequence[str], processes: int, environment: Mapping[str, str]) -> tuple[int, ProcessFailure] | None:
     """The rank and failure of the process that the others failed with; None when all did what they should."""
     threads = max((os.cpu_count() or 1) // processes, 1)
     own = {WORKER: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

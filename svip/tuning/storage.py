@@ -143,7 +143,7 @@ def open_storage(address: str, out: Path, heartbeat: int) -> tuple[BaseStorage, 
     except Exception as error:  # SQLAlchemy's, the driver's and the import system's
         said = without_password(str(error).strip().splitlines()[0])
         raise TuningError(
-            f"the study's storage {without_password(address)} can't be used; check --storage or {STORAGE}, and that the "
-            f"server runs. It says: {said}"
+            f"the study's storage {without_password(address)} can't be used; check --storage or {STORAGE}, and that "
+            f"the server runs. It says: {said}"
         ) from None  # whose traceback would show the password
     return database, Heartbeats(database, heartbeat)

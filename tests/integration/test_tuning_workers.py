@@ -43,7 +43,7 @@ import json, logging, math, sys, time
 logging.basicConfig(level=logging.DEBUG)
 from svip import steps
 from svip.training.loop import NonFiniteLoss
-from svip.tuning import team
+from svip.tuning import team, worker
 
 def select(config, bundle, words, folder, report):
     state = folder / "state.json"
@@ -63,6 +63,7 @@ def select(config, bundle, words, folder, report):
     return history
 
 team.select = select
+worker.epochs_of = lambda folder: json.loads((folder / "state.json").read_text())
 print(steps.tune_worker(*sys.argv[1:4], max_errors=100))
 """
 
@@ -180,6 +181,8 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
 
     best = steps.tuning_report(arguments[2], str(tmp_path / "report"), parent)
     assert best["H"] == max(float(trial.value or 0) for trial in well if trial.state is TrialState.COMPLETE)
+    tags = client.get_run(parent).data.tags
+    assert tags["best.trial"] == str(best["trial"]) and tags["best.overrides"] == " ".join(best["overrides"])
     files = {file.path for file in client.list_artifacts(parent)}
     assert files == {"tuning.html", "best.yaml", "trials.csv", "history.png", "importance.png", "slice.png"}
     password = databases[0].split(":")[2].split("@")[0]
