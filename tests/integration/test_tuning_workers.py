@@ -121,7 +121,9 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
     )
     assert len(names) == WORKERS
     command = [sys.executable, str(tmp_path / "worker.py"), *arguments]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in names]
+    said = tmp_path / "study" / "said.log"
+    with said.open("a") as log:  # at level DEBUG
+        workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) for _ in names]
     try:
         killed = wait_for_trial_of(workers[0].pid, databases[0], "sixty")
         workers[0].kill()
@@ -186,5 +188,7 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
     files = {file.path for file in client.list_artifacts(parent)}
     assert files == {"tuning.html", "best.yaml", "trials.csv", "history.png", "importance.png", "slice.png"}
     password = databases[0].split(":")[2].split("@")[0]
-    assert password not in (tmp_path / "study" / "study.json").read_text()
+    files_left = [path for folder in ("study", "report") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert said in files_left and not [path for path in files_left if password.encode() in path.read_bytes()]
+    assert password not in str([run.data.to_dictionary() for run in (*runs.values(), client.get_run(parent))])
     assert json.loads((tmp_path / "study" / "study.json").read_text())["storage"].count("***") == 1
