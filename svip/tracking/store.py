@@ -45,6 +45,7 @@ def shown_uri() -> str:
 
 
 def without_password(text: str) -> str:
+    """The text with *** for the passwords of the addresses in it."""
     text = re.sub(r"//([^/:@\s]*):\S*@", r"//\1:***@", text)
     return re.sub(r"((?:password|token|secret)=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
 
