@@ -40,7 +40,7 @@ def test_success_is_reported_and_every_task_left_its_outputs(cluster: Cluster) -
     numbers = json.loads((folder / "evaluate" / "metrics").read_text())["protocols"]["validation"]
     assert f"{numbers['H']:.1f}" in (folder / "evaluate" / "results").read_text()
     (parent,) = (run for run in cluster.mlflow() if "mlflow.parentRunId" not in run.data.tags)
-    assert (parent.info.run_name, parent.info.status) == (f"experiment-{cluster.last.id}", "FINISHED")
+    assert (parent.data.tags["pipeline"], parent.info.status) == (f"experiment-{cluster.last.id}", "FINISHED")
 
 
 def test_failure_is_reported_with_its_step(cluster: Cluster) -> None:

@@ -118,8 +118,8 @@ def test_a_resubmitted_run_does_not_train_again_and_goes_on_in_the_same_mlflow_r
     assert not list((second.folder / "artifacts").glob("*/train/checkpoint")), "training came from the cache"
     runs = story.cluster.mlflow()
     (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
-    assert (parent.info.run_name, parent.info.status) == (f"experiment-{second.id}", "FINISHED")
-    assert [run.info.run_name for run in runs].count("train-svip") == 1
+    assert (parent.data.tags["pipeline"], parent.info.status) == (f"experiment-{second.id}", "FINISHED")
+    assert [run.data.tags.get("step") for run in runs].count("train") == 1
 
 
 @pytest.mark.slow
