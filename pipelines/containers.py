@@ -23,6 +23,7 @@ from kfp.local import docker_task_handler
 
 from components import IMAGE
 from pipelines.catalog import PipelineError
+from pipelines.processes import directly
 from svip.config import Config
 from svip.data.sources import is_remote
 from svip.tracking import tracking_uri
@@ -110,7 +111,7 @@ class Containers:
         if self._stopped:
             return 1
         try:
-            container = client.containers.create(image, command, volumes=volumes, **options)
+            container = client.containers.create(image, directly(command), volumes=volumes, **options)
             try:
                 container.start()
                 for line in lines(container):

@@ -12,12 +12,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.catalog import RESULTS, PipelineError, find_pipeline
 from pipelines.steplog import StepLog
 from svip.config import Config, load_config
 from svip.tracking import close_run, tracking_uri
+
+if TYPE_CHECKING:
+    from pipelines.containers import Containers
+    from pipelines.processes import Processes
 
 RUNNERS = ("subprocess", "docker")
 """Each step in a process of its own, or in a container of its own."""
@@ -73,29 +77,32 @@ def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path) -> 
     """kfp.local set up for a runner. A signal that stops this process stops its steps, and is a KeyboardInterrupt."""
     from kfp import local
 
-    runs.mkdir(exist_ok=True)
+    steps: Processes | Containers
     if runner == "subprocess":
-        local.init(local.SubprocessRunner(use_venv=False), str(runs), workspace_root="")
-        with _stopping_with(_end_children):
-            yield
-        return
-    from pipelines.containers import Containers
+        from pipelines.processes import Processes
 
-    containers = Containers(config, preset, out)
-    local.init(containers.runner, str(runs), workspace_root="")
-    with containers.in_place_of_kfps(), _stopping_with(lambda number: containers.stop()):
+        steps = Processes()
+    else:
+        from pipelines.containers import Containers
+
+        steps = Containers(config, preset, out)
+    runs.mkdir(exist_ok=True)
+    local.init(steps.runner, str(runs), workspace_root="")
+    with steps.in_place_of_kfps(), _stopping_with(steps.stop):
         yield
 
 
 @contextlib.contextmanager
-def _stopping_with(stop: Callable[[int], None]) -> Iterator[None]:
+def _stopping_with(stop: Callable[[], None]) -> Iterator[None]:
     def handle(number: int, _: Any) -> None:
-        for stopping in before:
-            signal.signal(stopping, signal.SIG_IGN)  # once is enough
-        stop(number)
+        for stopping in before:  # once is enough; ignoring them would make what is started ignore them too
+            signal.signal(stopping, lambda number, _: None)
+        stop()
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, handle)
     try:
@@ -103,14 +110,6 @@ def _stopping_with(stop: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _end_children(number: int) -> None:
-    """Pass SIGTERM on to the steps that run; a terminal sends SIGINT to them by itself."""
-    if number == signal.SIGTERM:
-        for file in Path("/proc/self/task").glob("*/children"):
-            for child in file.read_text().split():
-                os.kill(int(child), number)
 
 
 def _how_to_go_on(out: Path) -> str:

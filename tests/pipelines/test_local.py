@@ -132,6 +132,62 @@ class Run:
         return int(step)
 
 
+LOOP = """
+import sys
+from pathlib import Path
+
+from kfp import dsl
+
+from pipelines import catalog, local
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def wait(number: int):
+    import os, pathlib, signal, sys, time
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    pathlib.Path(f"{number}.part").write_text(str(os.getpid()))
+    os.rename(f"{number}.part", f"{number}.started")
+    try:
+        time.sleep(100)
+    finally:
+        pathlib.Path(f"{number}.ended").touch()
+
+
+@dsl.pipeline
+def loop(preset: str = "", overrides: list = []):
+    with dsl.ParallelFor([1, 2, 3, 4]) as number:
+        wait(number=number)
+
+
+catalog.RESULTS["loop"] = {}
+catalog.PIPELINES += ("loop",)
+sys.modules["pipelines.loop"] = sys.modules["__main__"]
+local.run("loop", "smoke", [], Path("out"))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_loop_that_is_stopped_ends_its_steps_and_begins_no_other(tmp_path: Path, number: int) -> None:
+    (tmp_path / "loop.py").write_text(LOOP)
+    process = subprocess.Popen([sys.executable, "loop.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("*.started"))) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "stopped. The same command starts it again." in said
+    started = sorted(path.stem for path in tmp_path.glob("*.started"))
+    assert len(started) == 2
+    assert sorted(path.stem for path in tmp_path.glob("*.ended")) == started, "the steps had time to close their runs"
+    for path in tmp_path.glob("*.started"):
+        assert not Path(f"/proc/{path.read_text()}").exists()
+
+
 def statuses(folder: Path) -> tuple[str, list[str]]:
     """Of the pipeline's MLflow run, and of those nested in it."""
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
