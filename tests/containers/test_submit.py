@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_user import TINY, Cluster
+from cluster_user import TINY, TRACKED, Cluster
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow]
 def cluster(engine: str, image: str, tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(tmp_path, runner="docker")
     made.server.environment |= {"DOCKER_HOST": engine, "SVIP_IMAGE": image}
-    (tmp_path / "cluster.yaml").write_text(f"image: {image}\n")
+    (tmp_path / "cluster.yaml").write_text(f"image: {image}\n{TRACKED}")
     yield made
     made.server.end()
 
