@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from kfp import local
 from kfp.local import subprocess_task_handler
@@ -37,37 +38,31 @@ class Processes:
             process.terminate()
 
     def _run(self, full_command: Sequence[str], env_vars: Mapping[str, str] | None = None) -> int:
-        """Run one step and print its log; its exit code."""
+        """Run one step and print its log; its exit code. KeyboardInterrupt where that is raised, once it has ended."""
+        with ThreadPoolExecutor(1) as thread:  # a signal interrupts only the main one, which may be in this method
+            return thread.submit(self._run_in_thread, directly(full_command), env_vars or {}).result()
+
+    def _run_in_thread(self, command: Sequence[str], variables: Mapping[str, str]) -> int:
         if self._stopped.is_set():
             return 1
         process = subprocess.Popen(
-            directly(full_command),
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, **(env_vars or {})},
+            env={**os.environ, **variables},
             process_group=0,  # Ctrl-C on a terminal reaches it by `stop`, once, as whatever else stops the pipeline
         )
         self._running.append(process)
-        if self._stopped.is_set():  # meanwhile, in another thread
+        if self._stopped.is_set():  # meanwhile
             process.terminate()
-        try:
-            _pass_on(process)
-        except KeyboardInterrupt:  # `stop` was called
-            _pass_on(process)
-            raise
-        finally:
-            self._running.remove(process)
-        return process.wait()
-
-
-def _pass_on(process: subprocess.Popen[str]) -> None:
-    """Print what it says until it ends."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="")
-    process.wait()
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="")
+        code = process.wait()
+        self._running.remove(process)
+        return code
 
 
 def directly(command: Sequence[str]) -> list[str]:
