@@ -45,15 +45,15 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
         raise PipelineError(f"unknown runner {runner!r}; there are: {', '.join(RUNNERS)}")
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    job = _job_to_continue(out, {"pipeline": name, "preset": preset, "overrides": overrides, **parameters})
+    jobs = jobs_to_continue(out, {"pipeline": name, "preset": preset, "overrides": overrides, **parameters})
     if "continues" in pipeline.component_spec.inputs:
-        parameters["continues"] = job
-    runs = out / "kfp"
+        parameters["continues"] = jobs
+    runs, space = out / "kfp", str(parameters.get("space", ""))
     before = set(runs.glob(f"{name}-*"))
     with _environment(out), (out / "pipeline.log").open("w", buffering=1) as file:
         log = StepLog(sys.stdout, file)
         try:
-            with _runner(runner, config, preset, out, runs), contextlib.redirect_stdout(log):
+            with _runner(runner, config, preset, out, runs, space), contextlib.redirect_stdout(log):
                 pipeline(preset=preset, overrides=overrides, **parameters)
         except KeyboardInterrupt:  # kfp runs no exit handler then
             for folder in set(runs.glob(f"{name}-*")) - before:
@@ -68,12 +68,14 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
     missing = [source for source in RESULTS[name].values() if not (folder / source).exists()]
     if missing:
         raise PipelineError(f"the pipeline left no {', '.join(missing)} in {folder}; see {out / 'pipeline.log'}")
+    if name == "tuning":
+        _keep_study(folder / RESULTS[name]["study"], out / "work")
     _publish(RESULTS[name], folder, out)
     shutil.rmtree(out / "work", ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path) -> Iterator[None]:
+def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path, space: str) -> Iterator[None]:
     """kfp.local set up for a runner. A signal that stops this process stops its steps, and is a KeyboardInterrupt."""
     from kfp import local
 
@@ -85,7 +87,7 @@ def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path) -> 
     else:
         from pipelines.containers import Containers
 
-        steps = Containers(config, preset, out)
+        steps = Containers(config, preset, out, space)
     runs.mkdir(exist_ok=True)
     local.init(steps.runner, str(runs), workspace_root="")
     with steps.in_place_of_kfps(), _stopping_with(steps.stop):
@@ -118,18 +120,22 @@ def _how_to_go_on(out: Path) -> str:
     return "The same command starts it again."
 
 
-def _job_to_continue(out: Path, asked: Mapping[str, Any]) -> str:
-    """The job of the run before this one, if that did not succeed and was asked for the same; else nothing.
+def jobs_to_continue(out: Path, asked: Mapping[str, Any]) -> str:
+    """The jobs of the runs before this one, the last first, that did not succeed and were asked for the same.
 
-    Whatever ended that run, it left a note of what was asked for, and its log.
+    Whatever ended a run, it left a note of what was asked for and of the jobs before it, and the log, with its own.
     """
     note, log = out / "work" / "asked.json", out / "pipeline.log"
-    said = json.dumps(asked)
-    same = note.exists() and note.read_text() == said
+    asked, jobs = json.loads(json.dumps(asked)), []
+    before = json.loads(note.read_text()) if note.exists() else {}
+    if before.get("asked") == asked:
+        last = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if log.exists() else None
+        jobs = [*({last[1]} - set(before["jobs"]) if last else ()), *before["jobs"]]
     note.parent.mkdir(exist_ok=True)
-    note.write_text(said)
-    job = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if same and log.exists() else None
-    return job[1] if job else ""
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps({"asked": asked, "jobs": jobs}))
+    part.replace(note)
+    return " ".join(jobs)
 
 
 def _explain(log: StepLog, out: Path) -> str:
@@ -168,6 +174,13 @@ def _kill_run(folder: Path) -> None:
     result = folder / "open-run" / "executor_output.json"
     if result.exists():
         close_run(json.loads(result.read_text())["parameterValues"]["Output"], "KILLED")
+
+
+def _keep_study(study: Path, work: Path) -> None:
+    """Put what the workers shared beside the study's description, where ``svip tune --out`` looks for it."""
+    shared = work / "tuning" / json.loads((study / "study.json").read_text())["name"]
+    for path in shared.iterdir() if shared.exists() else ():
+        path.replace(study / path.name)
 
 
 def _publish(results: Mapping[str, str], folder: Path, out: Path) -> None:

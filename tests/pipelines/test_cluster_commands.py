@@ -286,6 +286,20 @@ def test_a_token_that_expires_while_a_run_is_followed_is_read_anew(cluster: Clus
     assert server.run(cluster.last.id).name == "x"
 
 
+def test_a_run_that_is_resubmitted_twice_goes_on_with_the_first(cluster: Cluster) -> None:
+    task = {"inputDefinitions": {"parameters": {"continues": {"parameterType": "STRING"}}}, "dag": {"tasks": {}}}
+    spec = {"pipelineInfo": {"name": "x"}, "schemaVersion": "2.1.0", "sdkVersion": "kfp", "root": task}
+    cluster.server.start({"pipeline_spec": spec, "runtime_config": {}, "display_name": "x", "experiment_id": "1"})
+    server, told = Server(cluster.server.host), []
+    for _ in range(2):
+        first = cluster.last
+        cluster.server.terminate(first)
+        server.resubmit(first.id)
+        told.append(cluster.last.body["runtime_config"]["parameters"]["continues"])
+    one, two, _ = cluster.server.runs
+    assert told == [one, f"{two} {one}"]
+
+
 def test_a_long_name_keeps_the_pipeline_the_preset_and_the_date() -> None:
     name = run_name("experiment", "paper/cub", [f"model.backbone_args.value{n}=12345678" for n in range(9)])
     assert len(name) == 100

@@ -63,7 +63,23 @@ def test_the_files_that_a_configuration_names_are_seen_and_addresses_and_names_a
     named = containers.sources(config, str(tmp_path / "mine.yaml"))
     expected = {tmp_path / name for name in ("glove.zip", "tables", "vit.safetensors", "mine.yaml")}
     assert set(map(Path, named)) == expected
-    assert containers.sources(load_config("smoke", ["model.weights=timm"]), "smoke") == []
+    assert containers.sources(load_config("smoke", ["model.weights=timm"]), "smoke", "paper") == []
+
+
+def test_a_search_space_and_the_files_that_variables_name_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path / "outbox"))
+    files = ["MLFLOW_TRACKING_SERVER_CERT_PATH", "AWS_CA_BUNDLE", "AWS_SHARED_CREDENTIALS_FILE", "space.yaml"]
+    for name in files:
+        (tmp_path / name).touch()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    named = containers.sources(load_config("smoke"), "smoke", str(tmp_path / "space.yaml"))
+    assert set(map(Path, named)) == {tmp_path / name for name in files}
+    assert containers.tracking_folders() == [str(tmp_path / "outbox")]
+    assert (tmp_path / "outbox").is_dir(), "Docker would make it as root"
 
 
 def test_containers_inherit_settings_and_credentials_and_nothing_else() -> None:
@@ -130,6 +146,18 @@ class Run:
             time.sleep(0.1)
         (step,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(step)
+
+
+def test_a_run_that_failed_is_gone_on_with_also_when_one_in_between_did_not_get_far(tmp_path: Path) -> None:
+    def begin(preset: str, job: str) -> str:
+        """What a run is told to continue that gets as far as its first step, if it has a job."""
+        continues = local.jobs_to_continue(tmp_path, {"preset": preset, "overrides": []})
+        (tmp_path / "pipeline.log").write_text(f'        "job": "{job}",\n' if job else "")
+        return continues
+
+    assert [begin("smoke", "1"), begin("smoke", ""), begin("smoke", "3"), begin("smoke", "")] == ["", "1", "1", "3 1"]
+    assert begin("paper/cub", "5") == "", "it was asked for another"
+    assert begin("paper/cub", "") == "5"
 
 
 LOOP = """
