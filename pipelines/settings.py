@@ -87,6 +87,11 @@ class Cluster:
         assert isinstance(step, Step)
         return step
 
+    def has_tracking(self) -> bool:
+        """Whether the steps are told an MLflow server; without one each pod would keep its runs to itself."""
+        default, name = self.step("default"), "MLFLOW_TRACKING_URI"
+        return bool(default.env.get(name)) or any(name in (keys or []) for keys in default.secrets.values())
+
     def environment(self, name: str) -> dict[str, str]:
         """Variables of a component's pod, those that ``training`` comes to among them."""
         step, ours = self.step(name), {}

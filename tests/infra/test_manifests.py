@@ -10,7 +10,7 @@ import pytest
 import yaml
 from manifests import BUILDS, INFRA, Object, build, build_site, matches, named, names, pods
 
-kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs pip install kubernetes-validate")
 
 # the oldest Kubernetes that Kubeflow Trainer 2.3 runs on, and the newest whose schemas are known here
 VERSIONS = ("1.31", "1.37")
@@ -56,17 +56,17 @@ def test_a_field_that_kubernetes_does_not_have_is_found() -> None:
 
 
 def test_trainer_knows_every_field_of_the_runtime(objects: tuple[Object, ...]) -> None:
-    models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install 'svip[cluster]'")
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the extra `cluster`")
     runtime = named(objects, "TrainingRuntime", "svip")
     # its models drop what they don't know
     assert models.TrainerV1alpha1TrainingRuntime.from_dict(runtime).to_dict() == runtime
 
 
 def test_the_runtime_is_one_that_the_kubeflow_sdk_finds(objects: tuple[Object, ...]) -> None:
-    utils = pytest.importorskip("kubeflow.trainer.backends.kubernetes.utils", reason="pip install 'svip[cluster]'")
+    utils = pytest.importorskip("kubeflow.trainer.backends.kubernetes.utils", reason="needs the extra `cluster`")
     runtime = named(objects, "TrainingRuntime", "svip")
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    models = pytest.importorskip("kubeflow_trainer_api.models")
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the extra `cluster`")
     trainer = utils.get_runtime_trainer(
         runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"],
         [models.JobsetV1alpha2ReplicatedJob.from_dict(job)],

@@ -331,7 +331,7 @@ def test_workers_in_other_pods_without_a_database_are_refused(
 
 
 def test_a_database_that_is_away_is_told_without_its_password(inputs: tuple[str, str, str], tmp_path: Path) -> None:
-    pytest.importorskip("psycopg2")
+    pytest.importorskip("psycopg2", reason="needs a PostgreSQL driver: pip install 'svip[cluster]'")
     bundle, words, space = inputs
     for address, shown in (
         ("postgresql://me:s3cr@t@127.0.0.1:9/x", "me:***@127.0.0.1:9/x"),
