@@ -12,7 +12,7 @@ from kfp.compiler import Compiler
 from kfp.dsl.pipeline_context import Pipeline
 
 from pipelines.catalog import PipelineError, find_pipeline
-from pipelines.settings import TRAINING_STEPS, Cluster
+from pipelines.settings import Cluster
 
 RETRY_UNTIL = f"{30 * 24 * 3600}s"
 """A step is tried again until this long after its first start; kfp says an hour, less than many a training takes."""
@@ -65,7 +65,7 @@ def configure(task: dsl.PipelineTask, name: str, cluster: Cluster) -> None:
         task.set_cpu_request(step.cpu)
     if step.memory:
         task.set_memory_request(step.memory).set_memory_limit(step.memory)
-    if step.gpus and not (name in TRAINING_STEPS and cluster.training.nodes > 1):  # the pods of its TrainJob have them
+    if step.gpus and not cluster.watches(name):  # the pods of its TrainJob have them
         task.set_accelerator_type(step.gpu_type).set_accelerator_limit(step.gpus)
     if step.retries:
         task.set_retry(step.retries, f"{step.retry_pause}s", backoff_factor=2.0, backoff_max_duration=RETRY_UNTIL)

@@ -205,6 +205,15 @@ def test_training_on_several_nodes_leaves_the_gpus_to_them(compiled: Compiled) -
     assert (variables["SVIP_NODES"], variables["SVIP_PROCESSES"]) == ("2", "4")
 
 
+def test_tuning_knows_no_nodes_and_keeps_its_gpus(compiled: Compiled) -> None:
+    spec, _ = compiled("training: {nodes: 2}\nsteps: {tune: {gpus: 4}}", name="tuning")
+    assert container(spec, "tune")["resources"]["accelerator"]["resourceCount"] == "4"
+    variables = {entry["name"]: entry["value"] for entry in container(spec, "tune")["env"]}
+    assert variables["SVIP_PROCESSES"] == "4"
+    assert "SVIP_NODES" not in variables
+    assert {"name": "SVIP_NODES", "value": "2"} in container(spec, "train")["env"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
