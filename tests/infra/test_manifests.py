@@ -226,6 +226,16 @@ def test_steps_may_do_what_training_over_nodes_takes_and_no_more(objects: tuple[
     }
 
 
+def test_the_outbox_is_on_the_shared_volume(objects: tuple[Object, ...]) -> None:
+    (template,) = [template for name, template in pods(objects) if name == "training"]
+    (container,) = template["spec"]["containers"]
+    step = yaml.safe_load((INFRA / "cluster.yaml").read_text())["steps"]["default"]
+    outbox = {entry["name"]: entry.get("value") for entry in container["env"]}["SVIP_OUTBOX"]
+    assert outbox == step["env"]["SVIP_OUTBOX"]
+    assert {"name": "work", "mountPath": step["volumes"]["svip-work"]} in container["volumeMounts"]
+    assert Path(outbox).is_relative_to(step["volumes"]["svip-work"])
+
+
 def test_a_gpu_node_trains_with_its_gpu_and_enough_shared_memory() -> None:
     (template,) = [template for name, template in pods(build(INFRA / "k8s/overlays/gpu")) if name == "training"]
     spec: dict[str, Any] = template["spec"]

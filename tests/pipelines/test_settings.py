@@ -110,6 +110,7 @@ def test_the_shipped_file_is_what_the_manifests_have(compiled: Compiled) -> None
         "SVIP_IMAGE": IMAGE,
         "SVIP_NAMESPACE": "svip",
         "SVIP_NODES": "1",
+        "SVIP_OUTBOX": "/work/outbox",
         "SVIP_PROCESSES": "1",
         "SVIP_TRAINING_RUNTIME": "svip",
         "SVIP_WORK": "/work/training",
