@@ -106,6 +106,8 @@ class Cluster:
                 "SVIP_TRAINING_RUNTIME": self.training.runtime,
                 "SVIP_NAMESPACE": self.namespace,
             }
+        if self.watches(name):
+            ours |= {"SVIP_NODE_CPU": step.cpu or "", "SVIP_NODE_MEMORY": step.memory or ""}
         return {**ours, **{key: value for key, value in step.env.items() if value is not None}}
 
 
