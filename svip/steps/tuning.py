@@ -114,6 +114,11 @@ def plan_tuning(
             "workers in other pods need a database: set SVIP_TUNING_STORAGE to its postgresql:// address (on a cluster "
             "it is in the Secret svip-tuning)"
         )
+    if "://" in os.environ.get("SVIP_WORK", ""):
+        log.warning(
+            "SVIP_WORK=%s is no folder, and tuning keeps checkpoints in none else: a lost worker's trial begins anew",
+            os.environ["SVIP_WORK"],
+        )
     options: dict[str, Any] = {"overrides": overrides, "name": name, "heartbeat": heartbeat}
     _, study = _plan(bundle, vectors, Path(out), preset, space, trials, address, shared=True, **options)
     study.set_run_id(parent_run_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,34 @@ def test_steps_may_do_what_training_over_nodes_takes_and_no_more(objects: tuple[
         *(("", thing, verb) for thing in ("pods", "pods/log", "events") for verb in ("get", "list", "watch")),
         *(("argoproj.io", "workflowtaskresults", verb) for verb in ("create", "patch")),
     }
+
+
+def test_the_outbox_is_on_the_shared_volume(objects: tuple[Object, ...]) -> None:
+    (template,) = [template for name, template in pods(objects) if name == "training"]
+    (container,) = template["spec"]["containers"]
+    step = yaml.safe_load((INFRA / "cluster.yaml").read_text())["steps"]["default"]
+    outbox = {entry["name"]: entry.get("value") for entry in container["env"]}["SVIP_OUTBOX"]
+    assert outbox == step["env"]["SVIP_OUTBOX"]
+    assert {"name": "work", "mountPath": step["volumes"]["svip-work"]} in container["volumeMounts"]
+    assert Path(outbox).is_relative_to(step["volumes"]["svip-work"])
+
+
+def test_the_folders_of_the_steps_are_made_on_the_shared_volume(objects: tuple[Object, ...], tmp_path: Path) -> None:
+    job = named(objects, "Job", "svip-work")
+    spec = job["spec"]["template"]["spec"]
+    assert spec["securityContext"]["fsGroup"] == spec["securityContext"]["runAsUser"] == 1000
+    (container,) = spec["containers"]
+    (command,) = container["args"]
+    made = subprocess.run([*container["command"], command.replace("/work/", f"{tmp_path}/")])
+    assert made.returncode == 0
+    settings = yaml.safe_load((INFRA / "cluster.yaml").read_text())
+    wanted = [settings["training"]["work"], settings["steps"]["default"]["env"]["SVIP_OUTBOX"]]
+    assert sorted(f"/work/{path.name}" for path in tmp_path.iterdir()) == sorted(wanted)
+
+
+def test_a_job_goes_away_so_that_another_image_can_be_applied(objects: tuple[Object, ...]) -> None:
+    jobs = [thing for thing in objects if thing["kind"] == "Job"]
+    assert jobs and all(job["spec"]["ttlSecondsAfterFinished"] <= 600 for job in jobs)
 
 
 def test_a_gpu_node_trains_with_its_gpu_and_enough_shared_memory() -> None:

@@ -287,6 +287,16 @@ def test_tuning_reads_no_test_image(
     assert read == {"train", "val_seen", "val_unseen"}
 
 
+def test_an_address_for_work_is_warned_of_since_tuning_knows_folders_only(
+    inputs: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SVIP_WORK", "s3://team/work")
+    with caplog.at_level("WARNING", logger="svip.steps.tuning"):
+        plan(inputs, tmp_path / "study", 1)
+    assert "SVIP_WORK=s3://team/work is no folder" in caplog.text
+    assert (tmp_path / "study" / "study.json").exists()
+
+
 def test_the_objective_stops_whoever_asks_for_test_images(inputs: tuple[str, str, str]) -> None:
     bundle = read_bundle(inputs[0])
     guarded = objective.ValidationBundle.of(bundle)
