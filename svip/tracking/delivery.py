@@ -109,7 +109,7 @@ class Delivery:
             raise NotYet(f"run {journal.id} is not in {journal.uri} yet; it comes with the outbox that opened it")
         if not wanted:
             wanted = self._create(record, experiment)
-        elif record["owns"]:
+        elif record["owns"] or record["tags"]:  # what only adds results to a run has no tags for it
             client.update_run(wanted, status="RUNNING")
             for key, value in record["tags"].items():
                 client.set_tag(wanted, key, value)

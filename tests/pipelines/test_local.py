@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -141,11 +142,12 @@ class Run:
     def wait_for(self, line: str) -> int:
         """Wait until it said so; the process of the step that runs."""
         deadline = time.monotonic() + 600
-        while line not in self.said:
+        steps: list[psutil.Process] = []
+        while line not in self.said or len(steps) != 1:
             assert time.monotonic() < deadline and self.process.poll() is None, self.said
             time.sleep(0.1)
-        (step,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(step)
+            steps = psutil.Process(self.process.pid).children()
+        return int(steps[0].pid)
 
 
 def test_a_run_that_failed_is_gone_on_with_also_when_one_in_between_did_not_get_far(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_two_workers_tune_and_the_best_values_are_trained_and_tested_under_one_r
     assert trained.optim.lr == best["optim.lr"] == load_config(str(out / "best.yaml")).optim.lr
     assert json.loads((out / "checkpoint" / "model.json").read_text())["validation"]["H"] == pytest.approx(best["H"])
     assert (out / "metrics.json").exists() and "Tuning:" in done.stdout
+    assert not (out / "work").exists()
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("svip/synthetic")
@@ -81,3 +82,15 @@ def test_two_workers_tune_and_the_best_values_are_trained_and_tested_under_one_r
     assert parent.data.metrics["best/val/H"] == pytest.approx(best["H"])
     assert parent.data.tags["best.trial"] == str(best["trial"]) and "optim.lr=" in parent.data.tags["best.overrides"]
     assert {"tuning.html", "report.html"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+    command = [sys.executable, "-m", "svip.cli", "tune", "--out", "out/study", "--bundle", "out/bundle"]
+    again = subprocess.run(
+        [*command, "--vectors", "out/vectors", "--trials", "4", *TINY],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert sorted(pd.read_csv(out / "study" / "trials.csv")["slot"].unique()) == [0, 1, 2, 3], "the study goes on"

@@ -261,9 +261,12 @@ def test_mlflows_telemetry_is_off_before_mlflow_is_imported() -> None:
     assert done.stdout == "true\n"
 
 
-def test_a_pipeline_goes_on_with_the_run_of_the_first_one_that_has_one() -> None:
+def test_a_pipeline_goes_on_with_the_run_of_the_first_one_that_has_one(store: str) -> None:
     mine = open_run("experiment-71", "svip/cub", {})
+    close_run("experiment-71", "KILLED")
     assert open_run("experiment-73", "svip/cub", {}, continues="experiment-72 experiment-71") == mine
     assert open_run("experiment-74", "svip/cub", {}, continues="experiment-72") != mine
+    assert read(store, mine).info.status == "RUNNING"
     for number in (73, 74):
-        close_run(f"experiment-{number}", "FAILED")
+        close_run(f"experiment-{number}", "FINISHED")
+    assert read(store, mine).info.status == "FINISHED", "it is the later pipeline's now"
