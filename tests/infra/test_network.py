@@ -42,7 +42,7 @@ def test_the_table(policies: list[Object], places: dict[str, Place]) -> None:
         for name, port in servers.items()
     }
     assert reached == {
-        "mlflow": {"training", "step", "controller"},
+        "mlflow": {"training", "step", "controller", "mlflow-user"},
         "postgres": {"mlflow", "step"},
         "s3": {"mlflow", "training", "step", "s3-buckets"},
     }
@@ -62,7 +62,7 @@ def test_ranks_reach_each_other_on_any_port_and_nobody_else_reaches_them(
 
 
 def test_who_reaches_the_internet(policies: list[Object], places: dict[str, Place]) -> None:
-    made = ("mlflow", "postgres", "s3", "s3-buckets", "training")
+    made = ("mlflow", "mlflow-user", "postgres", "s3", "s3-buckets", "training", "work")
     out = {
         port: {name for name in made if _reaches(policies, places[name], places["internet"], port)}
         for port in (443, 80, 6000)
@@ -73,7 +73,7 @@ def test_who_reaches_the_internet(policies: list[Object], places: dict[str, Plac
 
 def test_all_can_resolve_names(policies: list[Object], places: dict[str, Place]) -> None:
     dns: Place = ({"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"})
-    for name in ("mlflow", "s3", "s3-buckets", "training"):
+    for name in ("mlflow", "mlflow-user", "s3", "s3-buckets", "training"):
         for protocol in ("UDP", "TCP"):
             assert _reaches(policies, places[name], dns, 53, protocol), name
 

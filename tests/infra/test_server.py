@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from compose import copy_infra, make_env, services
+from manifests import INFRA, build, named
 
 from benchmarks.postgres import find_postgres, postgres_server
 from benchmarks.s3server import find_weed, free_ports
@@ -204,6 +205,28 @@ def test_a_colleague_adds_to_the_same_experiment(client: Server, monkeypatch: py
     assert run.run_id
 
 
+def test_the_job_of_the_manifests_makes_a_login_that_is_no_administrator(client: Server) -> None:
+    from mlflow.server import get_app_client
+
+    job = named(build(INFRA / "k8s/base"), "Job", "svip-mlflow-user")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    keys = {
+        "MLFLOW_TRACKING_URI": client.mlflow,
+        "MLFLOW_ADMIN_USERNAME": client.env["MLFLOW_TRACKING_USERNAME"],
+        "MLFLOW_ADMIN_PASSWORD": client.env["MLFLOW_TRACKING_PASSWORD"],
+        "MLFLOW_TRACKING_USERNAME": "steps",
+    }
+    path = "/api/2.0/mlflow/experiments/search?max_results=1"
+    for password in ("the-first-password", "another-password"):
+        env = {**os.environ, **keys, "MLFLOW_TRACKING_PASSWORD": password}
+        subprocess.run([sys.executable, "-c", *container["args"]], check=True, env=env)
+        assert _status(client, path, user="steps", password=password) == 200
+    assert _status(client, path, user="steps", password="a-wrong-password") == 401
+    users = get_app_client("basic-auth", tracking_uri=client.mlflow)  # as the administrator
+    assert users.get_user(client.env["MLFLOW_TRACKING_USERNAME"]).is_admin
+    assert not users.get_user("steps").is_admin
+
+
 def test_each_role_sees_its_own_databases_only(server: Server) -> None:
     import psycopg2
 
@@ -242,10 +265,10 @@ def _url(server: Server, role: str, database: str) -> str:
     return f"postgresql://{role}:{password}@{server.postgres}/{database}"
 
 
-def _status(server: Server, path: str, password: str | None = None, host: str | None = None) -> int:
+def _status(server: Server, path: str, password: str | None = None, host: str | None = None, user: str = "svip") -> int:
     request = urllib.request.Request(server.mlflow + path)
     if password:
-        request.add_header("Authorization", "Basic " + b64encode(f"svip:{password}".encode()).decode())
+        request.add_header("Authorization", "Basic " + b64encode(f"{user}:{password}".encode()).decode())
     if host:
         request.add_header("Host", host)
     try:

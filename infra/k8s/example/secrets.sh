@@ -18,7 +18,7 @@ for name in svip-mlflow svip-s3 svip-tuning svip-server; do
 done
 optuna=$(random)
 
-# clients: pipelines and training
+# clients: pipelines and training; a Job makes this login, which is no administrator
 cat >svip-mlflow.env <<END
 MLFLOW_TRACKING_URI=http://svip-mlflow:5000
 MLFLOW_TRACKING_USERNAME=svip
@@ -36,6 +36,8 @@ cat >svip-server.env <<END
 POSTGRES_PASSWORD=$(random)
 MLFLOW_DB_PASSWORD=$(random)
 OPTUNA_DB_PASSWORD=$optuna
+MLFLOW_ADMIN_USERNAME=admin
+MLFLOW_ADMIN_PASSWORD=$(random)
 MLFLOW_FLASK_SERVER_SECRET_KEY=$(random)
 END
 echo "wrote svip-mlflow.env, svip-s3.env, svip-tuning.env and svip-server.env in $PWD: keep a copy with your backups"
