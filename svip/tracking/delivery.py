@@ -109,10 +109,9 @@ class Delivery:
             raise NotYet(f"run {journal.id} is not in {journal.uri} yet; it comes with the outbox that opened it")
         if not wanted:
             wanted = self._create(record, experiment)
-        elif record["owns"]:
+        elif record.get("reopen", record["owns"]):
             client.update_run(wanted, status="RUNNING")
-            for key, value in record["tags"].items():
-                client.set_tag(wanted, key, value)
+            self._set_tags(wanted, record["tags"])
         if not first and is_local(journal.id) and experiment:  # runs that came before it name it by its local id
             for child in runs_with_tag(client, PARENT_TAG, journal.id, experiment):
                 client.set_tag(child, PARENT_TAG, wanted)

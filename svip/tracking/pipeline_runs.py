@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PIPELINE_TAG = "pipeline"
+NAME_TAG = "mlflow.runName"
+"""The tag that is a run's name."""
 STATUSES = {
     "FINISHED": "FINISHED",
     "FAILED": "FAILED",
@@ -45,8 +47,10 @@ def open_run(
     tags = {**with_code_tags(tags), PIPELINE_TAG: pipeline}
     earlier = _run_of(continues) if continues else ""
     if earlier:
-        tags = {PIPELINE_TAG: pipeline}
-    tracker = open_run_of(earlier, experiment=experiment, run_name=name or pipeline, tags=tags, owns=False)
+        tags = {PIPELINE_TAG: pipeline, NAME_TAG: name or pipeline}
+    tracker = open_run_of(
+        earlier, experiment=experiment, run_name=name or pipeline, tags=tags, owns=False, reopen=bool(earlier)
+    )
     if not earlier:
         tracker.log_params(params)
     tracker.leave()

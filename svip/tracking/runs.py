@@ -165,10 +165,12 @@ def open_run_of(
     tags: Mapping[str, str] | None = None,
     has_to_exist: bool = False,
     owns: bool = True,
+    reopen: bool | None = None,
 ) -> Tracker:
     """Open a run, a new one where ``run_id`` is empty or unknown, unless it ``has_to_exist``.
 
-    ``owns``: it is this process that starts and ends it, so a run whose process vanished can be told.
+    ``owns``: it is this process that starts and ends it, so a run whose process vanished can be told. ``reopen``: a run
+    that is there becomes RUNNING again and gets the ``tags`` (None: where this process owns it).
     """
     left = Journal.find(outbox_folder(), run_id, shown_uri()) if run_id else None
     return start_with(
@@ -182,6 +184,7 @@ def open_run_of(
         tags=dict(tags or {}),
         has_to_exist=has_to_exist,
         owns=owns,
+        reopen=owns if reopen is None else reopen,
         time=now(),
     )
 

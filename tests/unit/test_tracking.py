@@ -125,6 +125,18 @@ def test_an_exit_handler_closes_by_the_pipelines_name(store: str, status: str, e
     close_run("experiment-that-never-opened-a-run", status)
 
 
+def test_a_pipeline_that_goes_on_ends_the_run_that_it_began(store: str) -> None:
+    first = open_run("experiment-51", "svip/cub", {"optim.lr": 0.1}, name="first")
+    close_run("experiment-51", "FAILED")
+    second = open_run("experiment-52", "svip/cub", {"optim.lr": 0.1}, name="second", continues="experiment-51")
+    run = read(store, first)
+    assert (second, run.info.status, run.info.run_name) == (first, "RUNNING", "second")
+    assert run.data.tags["pipeline"] == "experiment-52"
+    close_run("experiment-52", "SUCCEEDED")
+    assert read(store, first).info.status == "FINISHED"
+    assert open_run("experiment-53", "svip/cub", {}, continues="experiment-52") == first
+
+
 def test_close_run_refuses_what_it_does_not_know(store: str) -> None:
     with pytest.raises(TrackingError, match="status 'DONE': expected one of FINISHED"):
         close_run("experiment", "DONE")
