@@ -16,12 +16,17 @@ from svip.tracking.store import TrackingError, experiment_id, first_line, log_pa
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 """The tag by which MLflow nests runs."""
 ID_TAG = "outbox_id"
+OPENED_TAG = "opened"
+"""When a process last opened a run: what an earlier one says of its state is not true any more, if it comes late."""
+ERROR_TAG = "error"
+"""What a run failed with; gone when it goes on."""
 METRICS, TAGS = 1000, 100
 """What MLflow takes in one request (1000 in all)."""
 
@@ -99,8 +104,8 @@ class Delivery:
         wanted = journal.run_id or record["run_id"]
         if wanted and not is_local(wanted) and not run_exists(client, wanted):
             if record["has_to_exist"]:
-                raise Undelivered(f"run {wanted} is not in {journal.uri}")
-            log.warning("run %s is not in %s: its training goes on in a new run", wanted, journal.uri)
+                raise Undelivered(f"run {wanted} is not in {journal.uri}, or was deleted there")
+            log.warning("run %s is not in %s, or was deleted there: it goes on in a new run", wanted, journal.uri)
             wanted = ""
         experiment = experiment_id(client, record["experiment"]) if record["experiment"] else ""
         if (not wanted or is_local(wanted)) and not first:
@@ -110,8 +115,7 @@ class Delivery:
         if not wanted:
             wanted = self._create(record, experiment)
         elif record.get("reopen", record["owns"]):
-            client.update_run(wanted, status="RUNNING")
-            self._set_tags(wanted, record["tags"])
+            self._reopen(wanted, record)
         if not first and is_local(journal.id) and experiment:  # runs that came before it name it by its local id
             for child in runs_with_tag(client, PARENT_TAG, journal.id, experiment):
                 client.set_tag(child, PARENT_TAG, wanted)
@@ -121,9 +125,23 @@ class Delivery:
         parent = record["parent"]
         if is_local(parent):
             parent = run_with_tag(self.client, ID_TAG, parent, experiment) or parent
-        tags = {**record["tags"], ID_TAG: self.journal.id, **({PARENT_TAG: parent} if parent else {})}
+        tags = {**record["tags"], ID_TAG: self.journal.id, OPENED_TAG: str(record["time"])}
+        if parent:
+            tags[PARENT_TAG] = parent
         run = self.client.create_run(experiment, start_time=record["time"], tags=tags, run_name=record["run_name"])
         return str(run.info.run_id)
+
+    def _reopen(self, run_id: str, record: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        run = self.client.get_run(run_id)
+        if opened_since(run, record["time"]):
+            return
+        self.client.update_run(run_id, status="RUNNING")
+        tags = {**record["tags"], OPENED_TAG: str(record["time"])}
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        if ERROR_TAG in run.data.tags:
+            self.client.delete_tag(run_id, ERROR_TAG)
 
     def _log(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric, RunTag
@@ -138,11 +156,6 @@ class Delivery:
             key: value for record in records if record.kind == "tags" for key, value in record.content["tags"].items()
         }
         self.client.log_batch(self.journal.run_id, metrics, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _is_refusal(self, error: Exception) -> bool:
         """Whether it is about the record itself, so that it would never be taken."""
@@ -183,7 +196,13 @@ def _send_dict(client: MlflowClient, journal: Journal, record: Mapping[str, Any]
 
 @handles("end")
 def _send_end(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
-    client.set_terminated(journal.run_id, record["status"], end_time=record["time"])
+    if not opened_since(client.get_run(journal.run_id), record["time"]):
+        client.set_terminated(journal.run_id, record["status"], end_time=record["time"])
+
+
+def opened_since(run: Run, time: int) -> bool:
+    """Whether a process has opened the run after that time, such as one that resumed it in another folder."""
+    return int(run.data.tags.get(OPENED_TAG, 0)) > time
 
 
 def _batch(records: Sequence[Record]) -> Sequence[Record]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from svip.tracking.delivery import Undelivered
+from svip.tracking.delivery import ERROR_TAG, Undelivered
 from svip.tracking.lineage import with_code_tags
 from svip.tracking.outbox import Journal, is_local, new_local_id, now, outbox_folder
 from svip.tracking.sender import SHORT_FLUSH, Sender
@@ -116,7 +116,7 @@ class Tracker:
             return
         status = _end_status(error)
         if status == "FAILED":
-            self.set_tags({"error": shorten(f"{type(error).__name__}: {error}")})
+            self.set_tags({ERROR_TAG: shorten(f"{type(error).__name__}: {error}")})
         self.put("end", status=status, time=now())
         self.sender.close(SHORT_FLUSH if status == "KILLED" else None)
 
@@ -151,6 +151,8 @@ def open_tracker(
             has_to_exist=bool(wanted),
         )
     except Undelivered:
+        if not wanted:
+            raise
         raise TrackingError(
             f"MLFLOW_RUN_ID={wanted}: {shown_uri()} has no such run; unset it to open a new run"
         ) from None

@@ -137,15 +137,15 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:
+    """Whether there is such a run, and it was not deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-    return True
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:

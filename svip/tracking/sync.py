@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from svip.tracking.delivery import Delivery
 from svip.tracking.outbox import Busy, Journal, journals
 from svip.tracking.store import TrackingError, client_of, first_line, is_away, reason, tracking_uri, without_password
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ def sync(folder: Path, to: str = "") -> Iterator[Synced]:
     """Send the journals of an outbox in the order in which they were begun, each to its server or to ``to``.
 
     What was acknowledged is not sent again, also when this is stopped at any moment. A run whose process vanished
-    without ending it ends as KILLED, at the time of its last record.
+    without ending it ends as KILLED, at the time of its last record, unless another went on with it since.
     """
     opened: list[Journal] = []
     silent: dict[str, str] = {}
@@ -58,8 +62,9 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
         problem = f"the password of {uri} isn't kept; set MLFLOW_TRACKING_URI to it"
     if not problem:
         try:
-            delivery = Delivery(client_of(uri), journal, new=False)
-            while delivery.step() or _end(journal):
+            client = client_of(uri)
+            delivery = Delivery(client, journal, new=False)
+            while delivery.step() or _end(client, journal):
                 pass
             refused = delivery.refused
         except Exception as error:  # the others may go
@@ -78,9 +83,9 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
     return Synced(run_id, without_password(uri), max(before - left, 0) - refused, left, refused, problem)
 
 
-def _end(journal: Journal) -> bool:
-    """End a run whose process did not; whether there was such."""
-    unended = journal.unended
+def _end(client: MlflowClient, journal: Journal) -> bool:
+    """End a run whose process did not, if nobody else has; whether it is to be sent that."""
+    unended = journal.unended and client.get_run(journal.run_id).info.status == "RUNNING"
     if unended:
         journal.append("end", status="KILLED", time=journal.last_time)
     return unended

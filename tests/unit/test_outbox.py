@@ -253,6 +253,43 @@ def test_a_run_whose_process_vanished_ends_as_killed_when_it_did(store: str, fol
     assert (value, run.info.end_time) == (1.0, at)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_resumed_elsewhere_is_not_ended_by_what_its_killed_process_left(
+    store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    left = opened(Journal.create(folder, f"local-elsewhere-{finished}", store), experiment="svip/elsewhere")
+    delivery = Delivery(client_of(store), left, new=True)
+    while delivery.step():
+        pass
+    metric(left, 1)
+    left.close()
+    with monkeypatch.context() as patch:
+        patch.setenv("SVIP_OUTBOX", str(tmp_path / "another"))
+        resumed = open_tracker("svip/elsewhere", "train", run_id=left.run_id)
+        if finished:
+            with resumed:
+                pass
+    (result,) = sync(folder)
+    assert (result.run_id, result.problem) == (resumed.run_id, "")
+    assert MlflowClient(store).get_run(resumed.run_id).info.status == ("FINISHED" if finished else "RUNNING")
+    assert history(store, resumed.run_id) == [(1, 1.0)]
+    resumed.leave()
+
+
+def test_what_an_earlier_process_kept_does_not_open_or_end_a_run_that_another_went_on_with(
+    store: str, folder: Path
+) -> None:
+    with open_tracker("svip/late", "train") as tracker:
+        pass
+    late = opened(Journal.create(folder, tracker.run_id, store), run_id=tracker.run_id, time=1000)
+    metric(late, 1)
+    late.append("end", status="FAILED", time=2000)
+    late.close()
+    assert [result.problem for result in sync(folder)] == [""]
+    assert MlflowClient(store).get_run(tracker.run_id).info.status == "FINISHED"
+    assert history(store, tracker.run_id) == [(1, 1.0)]
+
+
 def test_a_resumed_run_sends_first_what_its_killed_process_left(store: str, folder: Path) -> None:
     with open_tracker("svip/resumed", "train") as first:
         pass

@@ -79,6 +79,21 @@ def test_a_saved_run_that_the_store_lost_becomes_a_new_run(store: str, caplog: p
     assert "goes on in a new run" in caplog.text
 
 
+def test_a_run_that_was_deleted_becomes_a_new_run(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_tracker("svip/cub", "train") as first:
+        pass
+    MlflowClient(store).delete_run(first.run_id)
+    with open_tracker("svip/cub", "train", run_id=first.run_id) as second:
+        assert second.run_id != first.run_id
+    assert f"run {first.run_id} is not in {store}, or was deleted there: it goes on in a new run" in caplog.text
+    assert read(store, second.run_id).info.status == "FINISHED"
+    monkeypatch.setenv("MLFLOW_RUN_ID", first.run_id)
+    with pytest.raises(TrackingError, match="no such run"):
+        open_tracker("svip/cub", "train")
+
+
 def test_mlflow_run_id_wins_and_has_to_exist(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = open_run("experiment", "svip/cub", {})
     other = open_run("experiment", "svip/cub", {})
@@ -95,6 +110,10 @@ def test_an_error_marks_the_run_failed_and_says_why(store: str) -> None:
     run = read(store, tracker.run_id)
     assert run.info.status == "FAILED"
     assert run.data.tags["error"] == "ValueError: loss is not finite"
+    with open_tracker("svip/cub", "train", run_id=tracker.run_id):
+        pass
+    run = read(store, tracker.run_id)
+    assert run.info.status == "FINISHED" and "error" not in run.data.tags
 
 
 def test_sigterm_marks_the_run_killed(store: str, tmp_path: Path) -> None:
