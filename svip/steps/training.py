@@ -159,6 +159,7 @@ def _train(
                 if log_model:
                     log.info("model in MLflow: %s", tracking.log_checkpoint_model(tracker, directory) or "none")
                 logged.write_text(tracker.run_id)
+            record.write_text(tracker.run_id)  # the real one, where the server was away when the training began
             place.save(finished=True)
 
         distributed.on_main(begin)

@@ -85,15 +85,30 @@ def reason(error: BaseException) -> str:
 def is_away(error: Exception) -> bool:
     """Whether it says that no answer came, or that the server can't do its work now."""
     import requests
+    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore.exceptions import HTTPClientError
     from mlflow.exceptions import MlflowException
 
+    if is_unreachable(error):
+        return True
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
     else:
-        return isinstance(error, OSError)
+        return isinstance(error, NoConnection | HTTPClientError)  # of the bucket that holds the artifacts
     return status >= 500 or status in (408, 429)
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether it says that the server gave no answer at all. What a local file can't do is no such error."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    cause = (error.__cause__ or error.__context__) if isinstance(error, MlflowException) else error
+    if isinstance(cause, requests.RequestException):
+        return cause.response is None
+    return isinstance(cause, ConnectionError | TimeoutError)
 
 
 def is_file(uri: str) -> bool:

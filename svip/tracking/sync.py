@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from svip.tracking.delivery import Delivery
 from svip.tracking.outbox import Busy, Journal, journals
-from svip.tracking.store import TrackingError, client_of, first_line, is_away, reason, tracking_uri, without_password
+from svip.tracking.store import (
+    TrackingError,
+    client_of,
+    first_line,
+    is_away,
+    is_unreachable,
+    reason,
+    tracking_uri,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,7 +81,7 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
             problem = (
                 f"MLflow at {without_password(uri)} does not answer ({reason(error)})" if away else first_line(error)
             )
-            if away:
+            if is_unreachable(error):
                 silent[uri] = problem
     left, run_id = len(journal.pending()), journal.run_id or journal.id
     if problem:
