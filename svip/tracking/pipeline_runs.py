@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from svip.tracking.delivery import Undelivered, handles, runs_with_tag
 from svip.tracking.lineage import with_code_tags
-from svip.tracking.outbox import Journal, is_local, now, outbox_folder
+from svip.tracking.outbox import Journal, is_local, now, outbox_folder, run_to_open
 from svip.tracking.runs import open_run_of, start_with
 from svip.tracking.store import TrackingError, client_of, reaching_the_store, shown_uri, tracking_uri
 
@@ -59,6 +59,8 @@ def open_run(
 
 def _run_of(pipeline: str) -> str:
     """The id of a pipeline's run; empty where there is none, or the server doesn't answer."""
+    if kept := run_to_open(outbox_folder(), PIPELINE_TAG, pipeline, shown_uri()):
+        return kept
     try:
         with reaching_the_store():
             return next(iter(runs_with_tag(client_of(tracking_uri()), PIPELINE_TAG, pipeline)), "")
@@ -76,7 +78,9 @@ def close_run(run: str, status: str) -> None:
     """
     if status not in STATUSES:
         raise TrackingError(f"status {status!r}: expected one of {', '.join(STATUSES)}")
-    if is_local(run) or (len(run) == 32 and set(run) <= set("0123456789abcdef")):
+    if not _is_id(run):  # its run may be one that the server doesn't know yet
+        run = run_to_open(outbox_folder(), PIPELINE_TAG, run, shown_uri()) or run
+    if _is_id(run):
         try:
             tracker = open_run_of(run, has_to_exist=True, owns=False)
         except Undelivered:
@@ -87,6 +91,10 @@ def close_run(run: str, status: str) -> None:
         content = {"pipeline": run, "status": STATUSES[status], "time": now()}
         tracker = start_with(journal, "close", new=True, **content)
     tracker.leave()
+
+
+def _is_id(run: str) -> bool:
+    return is_local(run) or (len(run) == 32 and set(run) <= set("0123456789abcdef"))
 
 
 @handles("close")

@@ -58,7 +58,7 @@ def sync(folder: Path, to: str = "") -> Iterator[Synced]:
             yield Synced(path.stem, "", 0, 0, busy=True)
         except FileNotFoundError:
             continue  # its process has sent it in the meantime
-        except TrackingError as error:
+        except (TrackingError, PermissionError) as error:
             yield Synced(path.stem, "", 0, 0, problem=str(error))
     for journal in sorted(opened, key=lambda journal: int(journal.header["time"])):
         uri = to or (tracking_uri() if without_password(tracking_uri()) == journal.uri else journal.uri)

@@ -133,6 +133,24 @@ def test_a_journal_is_found_by_both_ids_of_its_run(tmp_path: Path) -> None:
     assert Journal.find(tmp_path, "cd" * 16, "http://server") is None
 
 
+def test_a_journal_of_another_user_stops_nobody() -> None:
+    uid = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        journal = Journal.create(folder, ID, "http://server")
+        journal.close()
+        folder.chmod(0o755)
+        journal.path.chmod(0)
+        try:
+            if uid == 0:
+                os.seteuid(65534)
+            assert Journal.find(folder, ID, "http://server") is None
+            (result,) = sync(folder)
+        finally:
+            os.seteuid(uid)
+        assert result.problem == f"[Errno 13] Permission denied: '{journal.path}'"
+
+
 def test_what_is_no_journal_is_named(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text('{"a": 1}\n')
@@ -388,6 +406,21 @@ def test_an_outbox_that_cant_be_made_is_replaced(tmp_path: Path, monkeypatch: py
     assert tracking.outbox_folder().parent == tmp_path
 
 
+def test_a_pipeline_ends_its_run_although_the_server_does_not_know_it_yet(store: str, folder: Path) -> None:
+    # as open_run leaves it without an answer; from then on the server is back
+    journal = opened(
+        Journal.create(folder, "local-unknown", store),
+        experiment="svip/unknown",
+        tags={"pipeline": "pipeline-81"},
+        owns=False,
+        reopen=False,
+    )
+    journal.close()
+    tracking.close_run("pipeline-81", "FAILED")
+    assert [run.info.status for run in runs(store, "svip/unknown")] == ["FAILED"]
+    assert not folder.exists()
+
+
 def test_a_pipeline_without_its_server_is_complete_after_a_sync(
     store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,11 +436,12 @@ def test_a_pipeline_without_its_server_is_complete_after_a_sync(
     (tmp_path / "report.html").write_text("<html>")
     tracking.log_to_run(parent, {"test/H": 41.0}, [tmp_path / "report.html"])
     tracking.close_run("pipeline-77", "SUCCEEDED")
+    assert len(list(folder.glob("*.jsonl"))) == 3
     by_id = tracking.open_run("pipeline-78", "svip/without", {})
     tracking.close_run(by_id, "FAILED")
     assert [result.left > 0 for result in sync(folder)] == [True] * len(list(folder.glob("*.jsonl")))
 
-    assert [result.problem for result in sync(folder, to=store)] == [""] * 5
+    assert [result.problem for result in sync(folder, to=store)] == [""] * 4
     found = {run.data.tags["outbox_id"]: run for run in runs(store, "svip/without")}
     assert set(found) == {parent, tracker.run_id, tested.run_id, by_id}
     assert {key: run.info.status for key, run in found.items()} == {
