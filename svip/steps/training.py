@@ -145,10 +145,10 @@ def _train(
             tracker.log_params(flatten(config))
             record_lineage(tracker, config, data, bundle, embedding, vectors)
 
-        def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
+        def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str, ended: int) -> None:
             # both phases have an epoch 1: the final one's losses get a name of their own
             own = "final_train/" if phase == "final" else "train/"
-            tracker.log_metrics({name.replace("train/", own): value for name, value in metrics.items()}, epoch)
+            tracker.log_metrics({name.replace("train/", own): value for name, value in metrics.items()}, epoch, ended)
 
         def finish() -> None:
             logged = directory / "logged_run_id"  # a rerun adds no second model to the run

@@ -65,9 +65,13 @@ class Tracker:
         """
         self.put("params", params={key: shorten(value) for key, value in params.items()})
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log the numbers of one step (an epoch, or 0 for a result) under names such as ``val/H``."""
-        self.put("metrics", metrics={key: float(value) for key, value in metrics.items()}, step=step, time=now())
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0, time: int | None = None) -> None:
+        """Log the numbers of one step (an epoch, or 0 for a result) under names such as ``val/H``.
+
+        ``time``: when they were measured, in ms since 1970; what is logged again with the same time is kept once.
+        """
+        values = {key: float(value) for key, value in metrics.items()}
+        self.put("metrics", metrics=values, step=step, time=now() if time is None else time)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Copy a file, or the content of a directory, to the run's artifacts (below ``folder``).

@@ -197,6 +197,8 @@ class Worker:
             told: list[dict[str, Any]] = []
 
             def report(metrics: dict[str, float], epoch: int) -> None:
+                if epoch in known:
+                    return
                 with stop.possible(False):
                     trial.report(metrics[OBJECTIVE], epoch)  # refused where the trial is another worker's by now
                     known.add(epoch)
