@@ -162,7 +162,8 @@ def _train(
             record.write_text(tracker.run_id)  # the real one, where the server was away when the training began
             place.save(finished=True)
 
-        distributed.on_main(begin)
-        with tracking.system_metrics(tracker):
-            train_model(config, data, embedding.vectors, directory, report_epoch, place.save)
-        distributed.on_main(finish)
+        with distributed.naming_the_failure():
+            distributed.on_main(begin)
+            with tracking.system_metrics(tracker):
+                train_model(config, data, embedding.vectors, directory, report_epoch, place.save)
+            distributed.on_main(finish)
