@@ -197,11 +197,6 @@ def _send_artifact(client: MlflowClient, journal: Journal, record: Mapping[str, 
     send(journal.run_id, str(path), record["folder"] or None)
 
 
-@handles("dict")
-def _send_dict(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
-    client.log_dict(journal.run_id, record["content"], record["file"])
-
-
 @handles("end")
 def _send_end(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
     if not opened_since(client.get_run(journal.run_id), record["time"]):

@@ -81,10 +81,6 @@ class Tracker:
         if self.sender is not None:
             self.put("artifact", folder=folder, **self.sender.journal.keep(path))
 
-    def log_dict(self, content: Mapping[str, Any], file: str) -> None:
-        """Store ``content`` as the artifact ``file`` (.json or .yaml)."""
-        self.put("dict", content=dict(content), file=file)
-
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
         self.put("tags", tags={key: str(value) for key, value in tags.items()})

@@ -72,7 +72,7 @@ def synced() -> str:
     return out
 
 
-def test_a_server_stopped_and_started_again_in_mid_training_has_every_step_once(
+def test_a_server_stopped_and_started_again_while_a_run_logs_has_every_step_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)

@@ -181,10 +181,9 @@ def test_artifacts_lie_beside_the_store(store_file: Path, tmp_path: Path, monkey
     with open_tracker("svip/cub", "evaluate") as tracker:
         tracker.log_artifact(elsewhere / "report.html")
         tracker.log_artifact(elsewhere / "folder", "evaluation")
-        tracker.log_dict({"H": 50.0}, "metrics.json")
     artifacts = store_file.parent / "mlruns" / "svip" / "cub" / tracker.run_id / "artifacts"
     files = sorted(str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file())
-    assert files == ["evaluation/curve.csv", "metrics.json", "report.html"]
+    assert files == ["evaluation/curve.csv", "report.html"]
     assert not (elsewhere / "mlruns").exists()
 
 
@@ -194,7 +193,6 @@ def test_without_tracking_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         tracker.log_params({"a": 1})
         tracker.log_metrics({"a": 1.0})
         tracker.log_artifact(tmp_path)
-        tracker.log_dict({}, "a.json")
         tracker.set_tags({"a": "b"})
     assert tracker.run_id == ""
     assert tracking.log_checkpoint_model(Tracker(), tmp_path) == ""
