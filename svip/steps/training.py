@@ -146,10 +146,10 @@ def _train(
             tracker.log_params(flatten(config))
             record_lineage(tracker, config, data, bundle, embedding, vectors)
 
-        def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str) -> None:
+        def report_epoch(metrics: Mapping[str, float], epoch: int, phase: str, ended: int) -> None:
             # both phases have an epoch 1: the final one's losses get a name of their own
             own = "final_train/" if phase == "final" else "train/"
-            tracker.log_metrics({name.replace("train/", own): value for name, value in metrics.items()}, epoch)
+            tracker.log_metrics({name.replace("train/", own): value for name, value in metrics.items()}, epoch, ended)
 
         def finish() -> None:
             logged = directory / "logged_run_id"  # a rerun adds no second model to the run
@@ -160,9 +160,11 @@ def _train(
                 if log_model:
                     log.info("model in MLflow: %s", tracking.log_checkpoint_model(tracker, directory) or "none")
                 logged.write_text(tracker.run_id)
+            record.write_text(tracker.run_id)  # the real one, where the server was away when the training began
             place.save(finished=True)
 
-        distributed.on_main(begin)
-        with tracking.system_metrics(tracker):
-            train_model(config, data, embedding.vectors, directory, report_epoch, place.save)
-        distributed.on_main(finish)
+        with distributed.naming_the_failure():
+            distributed.on_main(begin)
+            with tracking.system_metrics(tracker):
+                train_model(config, data, embedding.vectors, directory, report_epoch, place.save)
+            distributed.on_main(finish)

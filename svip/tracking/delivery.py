@@ -12,16 +12,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from svip.tracking.outbox import Journal, Record, is_local
-from svip.tracking.store import TrackingError, experiment_id, first_line, log_params, run_exists
+from svip.tracking.store import TrackingError, experiment_id, first_line, is_away, log_params, run_exists
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 """The tag by which MLflow nests runs."""
+TRAIN_RUN_TAG = "train_run_id"
+"""Of an evaluation: the run that trained the checkpoint."""
 ID_TAG = "outbox_id"
+OPENED_TAG = "opened"
+"""When a process last opened a run: what an earlier one says of its state is not true any more, if it comes late."""
+ERROR_TAG = "error"
+"""What a run failed with; gone when it goes on."""
+STORED = ("artifact", "model")
+"""Kinds of records whose files don't go to the server alone, but maybe to a folder or a bucket."""
 METRICS, TAGS = 1000, 100
 """What MLflow takes in one request (1000 in all)."""
 
@@ -78,7 +87,7 @@ class Delivery:
             else:
                 raise Undelivered(f"{self.journal.path} has a record {records[0].kind!r} of a newer version of svip")
         except Exception as error:
-            if records[0].kind == "open" or not self._is_refusal(error):
+            if records[0].kind == "open" or not self._is_refusal(records[0].kind, error):
                 raise
             if len(records) > 1:  # one of them is the reason
                 self._send(records[: len(records) // 2])
@@ -99,8 +108,8 @@ class Delivery:
         wanted = journal.run_id or record["run_id"]
         if wanted and not is_local(wanted) and not run_exists(client, wanted):
             if record["has_to_exist"]:
-                raise Undelivered(f"run {wanted} is not in {journal.uri}")
-            log.warning("run %s is not in %s: its training goes on in a new run", wanted, journal.uri)
+                raise Undelivered(f"run {wanted} is not in {journal.uri}, or was deleted there")
+            log.warning("run %s is not in %s, or was deleted there: it goes on in a new run", wanted, journal.uri)
             wanted = ""
         experiment = experiment_id(client, record["experiment"]) if record["experiment"] else ""
         if (not wanted or is_local(wanted)) and not first:
@@ -109,22 +118,35 @@ class Delivery:
             raise NotYet(f"run {journal.id} is not in {journal.uri} yet; it comes with the outbox that opened it")
         if not wanted:
             wanted = self._create(record, experiment)
-        elif record["owns"] or record["tags"]:  # what only adds results to a run has no tags for it
-            client.update_run(wanted, status="RUNNING")
-            for key, value in record["tags"].items():
-                client.set_tag(wanted, key, value)
+        elif record.get("reopen", record["owns"]):
+            self._reopen(wanted, record)
         if not first and is_local(journal.id) and experiment:  # runs that came before it name it by its local id
-            for child in runs_with_tag(client, PARENT_TAG, journal.id, experiment):
-                client.set_tag(child, PARENT_TAG, wanted)
+            for tag in (PARENT_TAG, TRAIN_RUN_TAG):
+                for run_id in runs_with_tag(client, tag, journal.id, experiment):
+                    client.set_tag(run_id, tag, wanted)
         return wanted
 
     def _create(self, record: Mapping[str, Any], experiment: str) -> str:
-        parent = record["parent"]
-        if is_local(parent):
-            parent = run_with_tag(self.client, ID_TAG, parent, experiment) or parent
-        tags = {**record["tags"], ID_TAG: self.journal.id, **({PARENT_TAG: parent} if parent else {})}
+        parent = known_id(self.client, record["parent"], experiment)
+        tags = {**record["tags"], ID_TAG: self.journal.id, OPENED_TAG: str(record["time"])}
+        if parent:
+            tags[PARENT_TAG] = parent
+        if TRAIN_RUN_TAG in tags:
+            tags[TRAIN_RUN_TAG] = known_id(self.client, tags[TRAIN_RUN_TAG], experiment)
         run = self.client.create_run(experiment, start_time=record["time"], tags=tags, run_name=record["run_name"])
         return str(run.info.run_id)
+
+    def _reopen(self, run_id: str, record: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        run = self.client.get_run(run_id)
+        if opened_since(run, record["time"]):
+            return
+        self.client.update_run(run_id, status="RUNNING")
+        tags = {**record["tags"], OPENED_TAG: str(record["time"])}
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        if ERROR_TAG in run.data.tags:
+            self.client.delete_tag(run_id, ERROR_TAG)
 
     def _log(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric, RunTag
@@ -140,17 +162,15 @@ class Delivery:
         }
         self.client.log_batch(self.journal.run_id, metrics, tags=[RunTag(key, value) for key, value in tags.items()])
 
-    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
+    def _is_refusal(self, kind: str, error: Exception) -> bool:
+        """Whether it is about the record itself, so that it would never be taken.
 
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def _is_refusal(self, error: Exception) -> bool:
-        """Whether it is about the record itself, so that it would never be taken."""
+        A file or model that can't be stored from here, such as one for a folder of the server, is such a record too.
+        """
         from mlflow.exceptions import MlflowException
 
-        if isinstance(error, FileNotFoundError):
-            return True
+        if kind in STORED and not isinstance(error, MlflowException):
+            return not is_away(error)
         if not isinstance(error, MlflowException) or error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
             return False
         run_id = self.journal.run_id
@@ -177,14 +197,15 @@ def _send_artifact(client: MlflowClient, journal: Journal, record: Mapping[str, 
     send(journal.run_id, str(path), record["folder"] or None)
 
 
-@handles("dict")
-def _send_dict(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
-    client.log_dict(journal.run_id, record["content"], record["file"])
-
-
 @handles("end")
 def _send_end(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
-    client.set_terminated(journal.run_id, record["status"], end_time=record["time"])
+    if not opened_since(client.get_run(journal.run_id), record["time"]):
+        client.set_terminated(journal.run_id, record["status"], end_time=record["time"])
+
+
+def opened_since(run: Run, time: int) -> bool:
+    """Whether a process has opened the run after that time, such as one that resumed it in another folder."""
+    return int(run.data.tags.get(OPENED_TAG, 0)) > time
 
 
 def _batch(records: Sequence[Record]) -> Sequence[Record]:
@@ -198,6 +219,11 @@ def _batch(records: Sequence[Record]) -> Sequence[Record]:
         if metrics + tags > METRICS or tags > TAGS:
             return records[: max(number, 1)]
     return records
+
+
+def known_id(client: MlflowClient, run_id: str, experiment: str = "") -> str:
+    """The id in MLflow of a run that was begun under a local one; what was given, where it is not there yet."""
+    return run_with_tag(client, ID_TAG, run_id, experiment) or run_id if is_local(run_id) else run_id
 
 
 def run_with_tag(client: MlflowClient, tag: str, value: str, experiment: str = "") -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import svip
-from svip.tracking.delivery import ID_TAG, handles, run_with_tag
+from svip.tracking.delivery import handles, known_id
 from svip.tracking.inputs import Data
-from svip.tracking.outbox import Journal, is_local, now
+from svip.tracking.outbox import Journal, now
 from svip.tracking.runs import Tracker
 from svip.tracking.store import first_line, is_away, run_exists
 
@@ -112,9 +112,7 @@ def log_results(tracker: Tracker, numbers: Mapping[str, float], train_run_id: st
 def _send_results(client: MlflowClient, journal: Journal, record: Mapping[str, Any]) -> None:
     from mlflow.entities import LoggedModelInput, Metric
 
-    trained_by = record["train_run_id"]
-    if is_local(trained_by):
-        trained_by = run_with_tag(client, ID_TAG, trained_by)
+    trained_by = known_id(client, record["train_run_id"])
     outputs = client.get_run(trained_by).outputs if trained_by and run_exists(client, trained_by) else None
     model: dict[str, str] = {}
     if outputs and outputs.model_outputs:

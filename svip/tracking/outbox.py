@@ -129,7 +129,7 @@ class Journal:
     def find(cls, folder: Path, run_id: str, uri: str) -> Self | None:
         """The journal that an earlier process left of a run at ``uri``, under its id or its local one."""
         for path in journals(folder):
-            with contextlib.suppress(TrackingError, FileNotFoundError):
+            with contextlib.suppress(TrackingError, FileNotFoundError, PermissionError):  # it may be another user's
                 if run_id.encode() not in path.read_bytes():
                     continue  # not even locked for a moment
                 journal = cls.open(path)
@@ -265,6 +265,17 @@ class Journal:
 def journals(folder: Path) -> list[Path]:
     """All journals of an outbox."""
     return sorted(folder.glob("*.jsonl"))
+
+
+def run_to_open(folder: Path, tag: str, value: str, uri: str) -> str:
+    """The id of the run that a journal opens at ``uri`` with a tag of that value; nothing where none does."""
+    for path in journals(folder):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # what is no journal is for sync to say
+            header, *records = path.read_text(encoding="utf-8").splitlines()
+            for record in map(json.loads, records):
+                if record["kind"] == "open" and record["tags"].get(tag) == value and json.loads(header)["uri"] == uri:
+                    return str(json.loads(header)["id"])
+    return ""
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

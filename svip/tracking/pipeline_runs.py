@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from svip.tracking.delivery import Undelivered, handles, runs_with_tag
 from svip.tracking.lineage import with_code_tags
-from svip.tracking.outbox import Journal, is_local, now, outbox_folder
+from svip.tracking.outbox import Journal, is_local, now, outbox_folder, run_to_open
 from svip.tracking.runs import open_run_of, start_with
 from svip.tracking.store import TrackingError, client_of, reaching_the_store, shown_uri, tracking_uri
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PIPELINE_TAG = "pipeline"
+NAME_TAG = "mlflow.runName"
+"""The tag that is a run's name."""
 STATUSES = {
     "FINISHED": "FINISHED",
     "FAILED": "FAILED",
@@ -45,8 +47,10 @@ def open_run(
     tags = {**with_code_tags(tags), PIPELINE_TAG: pipeline}
     earlier = _run_of(continues) if continues else ""
     if earlier:
-        tags = {PIPELINE_TAG: pipeline}
-    tracker = open_run_of(earlier, experiment=experiment, run_name=name or pipeline, tags=tags, owns=False)
+        tags = {PIPELINE_TAG: pipeline, NAME_TAG: name or pipeline}
+    tracker = open_run_of(
+        earlier, experiment=experiment, run_name=name or pipeline, tags=tags, owns=False, reopen=bool(earlier)
+    )
     if not earlier:
         tracker.log_params(params)
     tracker.leave()
@@ -55,6 +59,9 @@ def open_run(
 
 def _run_of(pipelines: str) -> str:
     """The id of the run of the first pipeline that has one; empty where none has, or the server doesn't answer."""
+    for pipeline in pipelines.split():
+        if kept := run_to_open(outbox_folder(), PIPELINE_TAG, pipeline, shown_uri()):
+            return kept
     try:
         with reaching_the_store():
             client = client_of(tracking_uri())
@@ -74,7 +81,9 @@ def close_run(run: str, status: str) -> None:
     """
     if status not in STATUSES:
         raise TrackingError(f"status {status!r}: expected one of {', '.join(STATUSES)}")
-    if is_local(run) or (len(run) == 32 and set(run) <= set("0123456789abcdef")):
+    if not _is_id(run):  # its run may be one that the server doesn't know yet
+        run = run_to_open(outbox_folder(), PIPELINE_TAG, run, shown_uri()) or run
+    if _is_id(run):
         try:
             tracker = open_run_of(run, has_to_exist=True, owns=False)
         except Undelivered:
@@ -85,6 +94,10 @@ def close_run(run: str, status: str) -> None:
         content = {"pipeline": run, "status": STATUSES[status], "time": now()}
         tracker = start_with(journal, "close", new=True, **content)
     tracker.leave()
+
+
+def _is_id(run: str) -> bool:
+    return is_local(run) or (len(run) == 32 and set(run) <= set("0123456789abcdef"))
 
 
 @handles("close")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svip.tracking.delivery import PARENT_TAG
+from svip.tracking.delivery import PARENT_TAG, TRAIN_RUN_TAG, known_id
 from svip.tracking.inputs import ENVIRONMENT, KFP_RUN_TAG
 from svip.tracking.lineage import parse_environment
 from svip.tracking.store import TrackingError, client_of, reaching_the_store, run_exists, shown_uri, tracking_uri
@@ -16,8 +16,6 @@ from svip.tracking.store import TrackingError, client_of, reaching_the_store, ru
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-TRAIN_RUN_TAG = "train_run_id"
-"""Of an evaluation: the run that trained the checkpoint."""
 History = dict[int, float]
 """Step -> value."""
 
@@ -112,11 +110,11 @@ def find_runs(run_id: str) -> tuple[Recorded, Recorded | None]:
     if step == "train":
         return _finished(run), None
     if step == "evaluate":
-        train_run = run.data.tags.get(TRAIN_RUN_TAG, "")
+        train_run = known_id(client, run.data.tags.get(TRAIN_RUN_TAG, ""))
         if not train_run or not run_exists(client, train_run):
             raise TrackingError(f"run {run_id} does not say which run trained its checkpoint; name that one")
         return _finished(client.get_run(train_run)), _finished(run)
-    nested = client.search_runs([run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{run_id}'")
+    nested = client.search_runs([run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{run.info.run_id}'")
     trained, evaluated = ([run for run in nested if run.data.tags.get("step") == s] for s in ("train", "evaluate"))
     if len(trained) != 1 or len(evaluated) > 1:
         raise TrackingError(
@@ -130,6 +128,7 @@ def find_runs(run_id: str) -> tuple[Recorded, Recorded | None]:
 def find_evaluation(train_run_id: str) -> Recorded | None:
     """The latest finished evaluation of the checkpoint that a run trained."""
     client = client_of(tracking_uri())
+    train_run_id = known_id(client, train_run_id)
     experiment = client.get_run(train_run_id).info.experiment_id
     query = f"tags.{TRAIN_RUN_TAG} = '{train_run_id}' and tags.step = 'evaluate' and attributes.status = 'FINISHED'"
     found = client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
@@ -138,6 +137,7 @@ def find_evaluation(train_run_id: str) -> Recorded | None:
 
 def _get(run_id: str) -> Run:
     client = client_of(tracking_uri())
+    run_id = known_id(client, run_id)  # a checkpoint may have been trained while the server was away
     if not run_exists(client, run_id):
         raise TrackingError(f"run {run_id}: {shown_uri()} has no such run")
     return client.get_run(run_id)

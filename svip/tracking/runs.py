@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from svip.tracking.delivery import Undelivered
+from svip.tracking.delivery import ERROR_TAG, Undelivered
 from svip.tracking.lineage import with_code_tags
 from svip.tracking.outbox import Journal, is_local, new_local_id, now, outbox_folder
 from svip.tracking.sender import SHORT_FLUSH, Sender
@@ -65,9 +65,13 @@ class Tracker:
         """
         self.put("params", params={key: shorten(value) for key, value in params.items()})
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log the numbers of one step (an epoch, or 0 for a result) under names such as ``val/H``."""
-        self.put("metrics", metrics={key: float(value) for key, value in metrics.items()}, step=step, time=now())
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0, time: int | None = None) -> None:
+        """Log the numbers of one step (an epoch, or 0 for a result) under names such as ``val/H``.
+
+        ``time``: when they were measured, in ms since 1970; what is logged again with the same time is kept once.
+        """
+        values = {key: float(value) for key, value in metrics.items()}
+        self.put("metrics", metrics=values, step=step, time=now() if time is None else time)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Copy a file, or the content of a directory, to the run's artifacts (below ``folder``).
@@ -76,10 +80,6 @@ class Tracker:
         """
         if self.sender is not None:
             self.put("artifact", folder=folder, **self.sender.journal.keep(path))
-
-    def log_dict(self, content: Mapping[str, Any], file: str) -> None:
-        """Store ``content`` as the artifact ``file`` (.json or .yaml)."""
-        self.put("dict", content=dict(content), file=file)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
@@ -116,7 +116,7 @@ class Tracker:
             return
         status = _end_status(error)
         if status == "FAILED":
-            self.set_tags({"error": shorten(f"{type(error).__name__}: {error}")})
+            self.set_tags({ERROR_TAG: shorten(f"{type(error).__name__}: {error}")})
         self.put("end", status=status, time=now())
         self.sender.close(SHORT_FLUSH if status == "KILLED" else None)
 
@@ -151,6 +151,8 @@ def open_tracker(
             has_to_exist=bool(wanted),
         )
     except Undelivered:
+        if not wanted:
+            raise
         raise TrackingError(
             f"MLFLOW_RUN_ID={wanted}: {shown_uri()} has no such run; unset it to open a new run"
         ) from None
@@ -165,10 +167,12 @@ def open_run_of(
     tags: Mapping[str, str] | None = None,
     has_to_exist: bool = False,
     owns: bool = True,
+    reopen: bool | None = None,
 ) -> Tracker:
     """Open a run, a new one where ``run_id`` is empty or unknown, unless it ``has_to_exist``.
 
-    ``owns``: it is this process that starts and ends it, so a run whose process vanished can be told.
+    ``owns``: it is this process that starts and ends it, so a run whose process vanished can be told. ``reopen``: a run
+    that is there becomes RUNNING again and gets the ``tags`` (None: where this process owns it).
     """
     left = Journal.find(outbox_folder(), run_id, shown_uri()) if run_id else None
     return start_with(
@@ -182,6 +186,7 @@ def open_run_of(
         tags=dict(tags or {}),
         has_to_exist=has_to_exist,
         owns=owns,
+        reopen=owns if reopen is None else reopen,
         time=now(),
     )
 

@@ -9,14 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svip.tracking.delivery import PARENT_TAG
+from svip.tracking.delivery import PARENT_TAG, TRAIN_RUN_TAG, known_id
 from svip.tracking.store import TrackingError, client_of, reaching_the_store, run_exists, shown_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-TRAIN_RUN_TAG = "train_run_id"
-"""Of an evaluation: the run that trained the checkpoint."""
 RESUMED = "resumed."
 """How tags begin that hold what a resumed run has otherwise than its parameters say."""
 PAGE = 1000
@@ -100,6 +98,7 @@ _EVALUATED = "tags.step = 'evaluate' and attributes.status = 'FINISHED'"
 
 def _the_run(reference: str) -> Run:
     client = client_of(tracking_uri())
+    reference = known_id(client, reference)
     is_hex = set(reference) <= set("0123456789abcdef")
     if is_hex and len(reference) == 32 and run_exists(client, reference):
         return client.get_run(reference)

@@ -83,15 +83,30 @@ def reason(error: BaseException) -> str:
 def is_away(error: Exception) -> bool:
     """Whether it says that no answer came, or that the server can't do its work now."""
     import requests
+    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore.exceptions import HTTPClientError
     from mlflow.exceptions import MlflowException
 
+    if is_unreachable(error):
+        return True
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
     else:
-        return isinstance(error, OSError)
+        return isinstance(error, NoConnection | HTTPClientError)  # of the bucket that holds the artifacts
     return status >= 500 or status in (408, 429)
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether it says that the server gave no answer at all. What a local file can't do is no such error."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    cause = (error.__cause__ or error.__context__) if isinstance(error, MlflowException) else error
+    if isinstance(cause, requests.RequestException):
+        return cause.response is None
+    return isinstance(cause, ConnectionError | TimeoutError)
 
 
 def is_file(uri: str) -> bool:
@@ -134,15 +149,15 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:
+    """Whether there is such a run, and it was not deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-    return True
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:

@@ -6,11 +6,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from svip.tracking import sender
 from svip.tracking.delivery import Delivery
 from svip.tracking.outbox import Busy, Journal, journals
-from svip.tracking.store import TrackingError, client_of, first_line, is_away, reason, tracking_uri, without_password
+from svip.tracking.store import (
+    TrackingError,
+    client_of,
+    first_line,
+    is_away,
+    is_unreachable,
+    reason,
+    tracking_uri,
+    without_password,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 ATTEMPTS = 3
 """Failures in a row after which a server counts as away."""
@@ -39,7 +52,7 @@ def sync(folder: Path, to: str = "") -> Iterator[Synced]:
     """Send the journals of an outbox in the order in which they were begun, each to its server or to ``to``.
 
     What was acknowledged is not sent again, also when this is stopped at any moment. A run whose process vanished
-    without ending it ends as KILLED, at the time of its last record.
+    without ending it ends as KILLED, at the time of its last record, unless another went on with it since.
     """
     opened: list[Journal] = []
     silent: dict[str, str] = {}
@@ -50,7 +63,7 @@ def sync(folder: Path, to: str = "") -> Iterator[Synced]:
             yield Synced(path.stem, "", 0, 0, busy=True)
         except FileNotFoundError:
             continue  # its process has sent it in the meantime
-        except TrackingError as error:
+        except (TrackingError, PermissionError) as error:
             yield Synced(path.stem, "", 0, 0, problem=str(error))
     for journal in sorted(opened, key=lambda journal: int(journal.header["time"])):
         uri = to or (tracking_uri() if without_password(tracking_uri()) == journal.uri else journal.uri)
@@ -65,9 +78,12 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
         try:
             refused = _deliver(journal, uri)
         except Exception as error:  # the others may go
-            problem = first_line(error)
-            if is_away(error):
-                problem = silent[uri] = f"MLflow at {without_password(uri)} does not answer ({reason(error)})"
+            away = is_away(error)
+            problem = (
+                f"MLflow at {without_password(uri)} does not answer ({reason(error)})" if away else first_line(error)
+            )
+            if is_unreachable(error):
+                silent[uri] = problem
     left, run_id = len(journal.pending()), journal.run_id or journal.id
     if problem:
         journal.sync()
@@ -79,11 +95,12 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
 
 def _deliver(journal: Journal, uri: str) -> int:
     """Send all of it; how many records were refused. Raises what was wrong, silence after ATTEMPTS in a row."""
-    delivery = Delivery(client_of(uri), journal, new=False)
+    client = client_of(uri)
+    delivery = Delivery(client, journal, new=False)
     failures = 0
     while True:
         try:
-            while delivery.step() or _end(journal):
+            while delivery.step() or _end(client, journal):
                 failures = 0
             return delivery.refused
         except Exception as error:
@@ -93,9 +110,9 @@ def _deliver(journal: Journal, uri: str) -> int:
             time.sleep(failures * sender.PAUSES[0])
 
 
-def _end(journal: Journal) -> bool:
-    """End a run whose process did not; whether there was such."""
-    unended = journal.unended
+def _end(client: MlflowClient, journal: Journal) -> bool:
+    """End a run whose process did not, if nobody else has; whether it is to be sent that."""
+    unended = journal.unended and client.get_run(journal.run_id).info.status == "RUNNING"
     if unended:
         journal.append("end", status="KILLED", time=journal.last_time)
     return unended

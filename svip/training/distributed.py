@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,6 +28,10 @@ WORKER = "SVIP_WORKER"
 """Set in the environment of processes whose results and errors are shown by the one that started them."""
 FAILED = "svip/failed"
 """Key of the store under which the first process that fails puts its rank."""
+REASON = "svip/reason"
+"""Key of the store under which it then puts its error."""
+_store: dist.Store | None = None
+"""What the processes that have joined share."""
 
 
 class PeerFailed(RuntimeError):
@@ -73,7 +77,9 @@ def joined() -> Iterator[None]:
     if not started_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield
         return
+    global _store
     store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    _store = store
     # tensors on the GPU by nccl, all else (and all objects) by gloo, which notices a connection that is closed
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
@@ -88,14 +94,34 @@ def joined() -> Iterator[None]:
     except BaseException as error:
         # nothing is torn down: that would wait for processes which may be gone, and this one is about to end
         if caused_by_a_peer(error):
-            message = "another process of this training has ended, or its machine can't be reached"
-            raise PeerFailed(message) from error
+            raise PeerFailed(_said()) from error
         if not _first_to_fail(store):
             raise PeerFailed(f"another process failed before this one did with {error!r}") from error
+        with suppress(RuntimeError):  # of a store that is gone
+            store.set(REASON, repr(error))
         raise
     else:
         dist.barrier()  # a process that leaves early takes the connections of the others with it
         dist.destroy_process_group()
+
+
+@contextmanager
+def naming_the_failure() -> Iterator[None]:
+    """Within it a connection that another process broke is PeerFailed, with what that one says: for who records it."""
+    try:
+        yield
+    except Exception as error:
+        if not caused_by_a_peer(error):
+            raise
+        raise PeerFailed(_said()) from error
+
+
+def _said() -> str:
+    """What became of the process that failed first."""
+    with suppress(RuntimeError):  # of a store that is gone
+        if _store is not None and _store.check([REASON]):
+            return f"another process failed with {_store.get(REASON).decode()}"
+    return "another process of this training has ended, or its machine can't be reached"
 
 
 def caused_by_a_peer(error: BaseException) -> bool:

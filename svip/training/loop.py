@@ -34,8 +34,10 @@ from svip.training.probe import probe_heads
 
 log = logging.getLogger(__name__)
 
-Log = Callable[[dict[str, float], int, str], None]
-"""Receives an epoch's metrics, the epoch (from 1) and the phase."""
+Log = Callable[[dict[str, float], int, str, int], None]
+"""Receives an epoch's metrics, the epoch (from 1), the phase, and when it ended, in ms since 1970.
+
+The last epoch before a training goes on comes again, with the same time: it may have been lost on the way."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -68,6 +70,8 @@ class Progress:
     seconds: float = 0.0
     """Time spent training in all."""
     history: list[dict[str, Any]] = field(default_factory=list)
+    ended: int = 0
+    """When the last epoch of the history did, in ms since 1970."""
 
 
 def train(
@@ -162,9 +166,16 @@ def run_phase(
     optimizer = build_optimizer(model, config.optim)
     dataset = ImageDataset(bundle, bundle.rows(*phase.roles), config.data, train=True, seed=config.train.seed)
     state = folder / "state.pt"
+
+    def tell() -> None:
+        entry = progress.history[-1]
+        report({k: v for k, v in entry.items() if "/" in k}, entry["epoch"], phase.name, progress.ended)
+
     if distributed.on_main(state.exists):
         progress = Progress(**checkpoint.load_state(state, model, optimizer))
         log.info("%s: resumed after epoch %d, step %d", phase.name, progress.epoch, progress.batch)
+        if progress.ended:
+            tell()
     else:
         progress = Progress()
         if config.model.head_init == "probe":
@@ -189,7 +200,7 @@ def run_phase(
         best = phase.name == "select" and _best(progress.history) is entry
         kept = progress.epoch == phase.kept < phase.epochs
         save([*["best.safetensors"] * best, *["kept.safetensors"] * kept])
-        report({k: v for k, v in entry.items() if "/" in k}, entry["epoch"], phase.name)
+        tell()
     return model, progress
 
 
@@ -355,6 +366,7 @@ def _finish_epoch(phase: Phase, config: Config, bundle: Bundle, model: SVIP, pro
         entry |= {f"published/{name}": value for name, value in as_published(model, config, bundle).items()}
     entry = distributed.broadcast(entry)  # that all go by the same numbers, whatever machine they run on
     progress.history.append(entry)
+    progress.ended = time.time_ns() // 1_000_000
     progress.epoch += 1
     progress.batch, progress.images, progress.sums, progress.seconds = 0, 0, {}, 0.0
     return entry

@@ -75,7 +75,7 @@ def select(
     distributed.on_main(begin)
     phase = Phase("select", ("train",), ("train",), config.optim.epochs)
     data = ValidationBundle.of(bundle)
-    _, progress = run_phase(phase, config, data, words, folder, lambda metrics, epoch, _: report(metrics, epoch))
+    _, progress = run_phase(phase, config, data, words, folder, lambda metrics, epoch, *_: report(metrics, epoch))
     return progress.history
 
 

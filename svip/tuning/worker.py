@@ -210,6 +210,8 @@ class Worker:
                 tracker.log_metrics(metrics, epoch)
 
             def report(metrics: dict[str, float], epoch: int) -> None:
+                if epoch in known:
+                    return
                 with stop.possible(False):
                     tell(metrics, epoch)
                     if trial.should_prune():

@@ -174,3 +174,15 @@ def test_a_batch_with_fewer_images_than_processes_is_refused(bundle: Bundle, tmp
     first, second = together(2, tmp_path / "answers", lambda: train(config, bundle, tmp_path / "run"))
     assert isinstance(first, ConfigError) and "an image a step for each of 2 processes" in str(first)
     assert isinstance(second, PeerFailed)
+
+
+def test_who_records_the_training_knows_what_another_process_failed_with(tmp_path: Path) -> None:
+    def work() -> None:
+        with distributed.naming_the_failure():
+            if distributed.rank() == 1:
+                raise MemoryError("no memory for the batch")
+            distributed.all_gather(0)
+
+    first, second = together(2, tmp_path, work)
+    assert isinstance(first, PeerFailed) and "failed with MemoryError('no memory for the batch')" in str(first)
+    assert isinstance(second, MemoryError)

@@ -72,7 +72,7 @@ def synced() -> str:
     return out
 
 
-def test_a_server_stopped_and_started_again_in_mid_training_has_every_step_once(
+def test_a_server_stopped_and_started_again_while_a_run_logs_has_every_step_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -142,6 +142,7 @@ def test_a_server_gone_for_good_gets_the_training_by_sync(
     assert (model.source_run_id, model.status) == (run.info.run_id, "READY")
 
     assert steps.train(*arguments)["run_id"] == run.info.run_id  # the folder's run is the server's now
+    assert (tmp_path / "run" / "run_id").read_text() == run.info.run_id
     assert len(client.search_logged_models([run.info.experiment_id])) == 1
 
 

@@ -113,6 +113,32 @@ def uninterrupted(bundle: Bundle, words: NDArray[np.float32], tmp_path_factory: 
     return out
 
 
+@pytest.mark.parametrize("told_before", [False, True])
+def test_an_epoch_is_told_whenever_the_process_ended_and_counts_once(
+    bundle: Bundle, words: NDArray[np.float32], tmp_path: Path, told_before: bool
+) -> None:
+    told: list[tuple[str, int, int, str]] = []
+    saved = iter(range(1, 1000))
+
+    def tell(metrics: dict[str, float], epoch: int, phase: str, ended: int) -> None:
+        told.append((phase, epoch, ended, repr(metrics)))
+        if told_before and len(told) == 2:
+            raise KeyboardInterrupt
+
+    def lost() -> None:
+        if not told_before and next(saved) == 2:  # between an epoch's checkpoint and its report
+            raise KeyboardInterrupt
+
+    config = config_with("optim.epochs=3", "train.checkpoint_steps=0")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, bundle, words, tmp_path / "run", tell, lost)
+    assert len(told) == (2 if told_before else 1)
+    loop.train(config, bundle, words, tmp_path / "run", tell)
+    select = [entry for entry in told if entry[0] == "select"]
+    assert len(select) == (4 if told_before else 3)
+    assert [epoch for _, epoch, *_ in sorted(set(select))] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("steps_between", [0, 2])
 @pytest.mark.parametrize(
     "deaths",

@@ -105,12 +105,17 @@ def test_another_pod_goes_on_and_ends_with_the_same_model_bit_for_bit(
         lost_after(patch, checkpoints)
         with pytest.raises(Lost):
             train(inputs, tmp_path / "first", parent_run_id=PARENT)
+    client = MlflowClient(store)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (first,) = client.search_runs(experiments, "tags.error LIKE 'Lost%'")
+    assert first.info.status == "FAILED"
     shutil.rmtree(tmp_path / "first", ignore_errors=True)
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # another machine
     result = train(inputs, tmp_path / "second", parent_run_id=PARENT)
     assert_same(tmp_path / "second", whole)
-    run = MlflowClient(store).get_run(result["run_id"])
-    assert run.info.status == "FINISHED" and "error" in run.data.tags, "it is the run of the first pod"
+    run = client.get_run(result["run_id"])
+    assert run.info.run_id == first.info.run_id, "it is the run of the first pod"
+    assert run.info.status == "FINISHED" and "error" not in run.data.tags
     left = s3.names(work) if kind == "bucket" else sorted(files(tmp_path / "work"))
     assert not left and not (kind == "bucket" and files(tmp_path / "cache"))
     assert train(inputs, tmp_path / "second", parent_run_id=PARENT) == result, "and run again, nothing is done"

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from botocore.exceptions import ClientError, EndpointConnectionError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -21,7 +23,7 @@ from svip import tracking
 from svip.tracking import TrackingError, open_tracker, outbox, sender, sync
 from svip.tracking.delivery import Delivery
 from svip.tracking.outbox import Busy, Journal
-from svip.tracking.store import client_of
+from svip.tracking.store import client_of, is_away
 
 ID, REAL = "local-1", "ab" * 16
 TEXT = st.text(st.characters(exclude_categories=()), max_size=8)  # surrogates of odd file names too
@@ -131,6 +133,24 @@ def test_a_journal_is_found_by_both_ids_of_its_run(tmp_path: Path) -> None:
     assert Journal.find(tmp_path, "cd" * 16, "http://server") is None
 
 
+def test_a_journal_of_another_user_stops_nobody() -> None:
+    uid = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        journal = Journal.create(folder, ID, "http://server")
+        journal.close()
+        folder.chmod(0o755)
+        journal.path.chmod(0)
+        try:
+            if uid == 0:
+                os.seteuid(65534)
+            assert Journal.find(folder, ID, "http://server") is None
+            (result,) = sync(folder)
+        finally:
+            os.seteuid(uid)
+        assert result.problem == f"[Errno 13] Permission denied: '{journal.path}'"
+
+
 def test_what_is_no_journal_is_named(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text('{"a": 1}\n')
@@ -196,7 +216,7 @@ def test_what_mlflow_refuses_stops_nothing_else(
     for step in range(9):
         metric(journal, step, key="no such: name!?" if step == 4 else "loss")
     journal.append("artifact", folder="", path=str(tmp_path / "removed.bin"))
-    journal.append("end", status="FINISHED", time=1)
+    journal.append("end", status="FINISHED", time=outbox.now())
     journal.close()
     (result,) = sync(folder)
     assert (result.sent, result.left, result.refused) == (10, 0, 2)
@@ -204,6 +224,55 @@ def test_what_mlflow_refuses_stops_nothing_else(
     assert [step for step, _ in history(store, run.info.run_id)] == [0, 1, 2, 3, 5, 6, 7, 8]
     assert run.info.status == "FINISHED"
     assert "no such: name!?" in caplog.text and "removed.bin" in caplog.text
+
+
+def test_a_place_of_artifacts_that_cant_be_written_to_stops_nothing_else(
+    store: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    MlflowClient(store).create_experiment("svip/unwritable", f"file://{tmp_path}/file/mlruns")
+    first = opened(Journal.create(folder, "local-unwritable", store), experiment="svip/unwritable")
+    first.append("artifact", folder="", **first.keep(tmp_path / "file"))
+    metric(first, 1)
+    first.append("model", checkpoint=str(tmp_path / "file"), name="model")
+    first.append("end", status="FINISHED", time=outbox.now())
+    second = opened(Journal.create(folder, "local-beside", store), experiment="svip/unwritable")
+    for journal in (first, second):
+        journal.close()
+    assert [(result.sent, result.refused, result.problem) for result in sync(folder)] == [(3, 2, ""), (1, 0, "")]
+    found = {run.data.tags["outbox_id"]: run.info for run in runs(store, "svip/unwritable")}
+    assert (found["local-unwritable"].status, found["local-beside"].status) == ("FINISHED", "KILLED")
+    assert history(store, found["local-unwritable"].run_id) == [(1, 1.0)]
+    assert "goes without artifact" in caplog.text and "Not a directory" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (PermissionError(13, "Permission denied"), False),
+        (OSError(28, "No space left on device"), False),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (requests.ConnectTimeout(), True),
+        (requests.exceptions.ChunkedEncodingError(), True),
+        (EndpointConnectionError(endpoint_url="http://bucket"), True),
+        (ClientError({"Error": {"Code": "AccessDenied"}}, "PutObject"), False),
+    ],
+)
+def test_what_says_that_a_server_is_away(error: Exception, away: bool) -> None:
+    assert is_away(error) == away
+
+
+def test_an_evaluation_names_its_training_also_where_that_arrives_later(store: str, tmp_path: Path) -> None:
+    tags = {"step": "evaluate", "train_run_id": "local-trained-late"}
+    early = opened(Journal.create(tmp_path / "early", "local-tested", store), experiment="svip/order", tags=tags)
+    late = opened(Journal.create(tmp_path / "late", "local-trained-late", store), experiment="svip/order")
+    for journal in (early, late):
+        journal.append("end", status="FINISHED", time=outbox.now())
+        journal.close()
+        assert [result.problem for result in sync(journal.path.parent)] == [""]
+    evaluation = tracking.find_evaluation("local-trained-late")
+    assert evaluation is not None and evaluation.tags["outbox_id"] == "local-tested"
 
 
 @pytest.mark.parametrize("parent_first", [True, False])
@@ -253,6 +322,43 @@ def test_a_run_whose_process_vanished_ends_as_killed_when_it_did(store: str, fol
     assert (value, run.info.end_time) == (1.0, at)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_resumed_elsewhere_is_not_ended_by_what_its_killed_process_left(
+    store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    left = opened(Journal.create(folder, f"local-elsewhere-{finished}", store), experiment="svip/elsewhere")
+    delivery = Delivery(client_of(store), left, new=True)
+    while delivery.step():
+        pass
+    metric(left, 1)
+    left.close()
+    with monkeypatch.context() as patch:
+        patch.setenv("SVIP_OUTBOX", str(tmp_path / "another"))
+        resumed = open_tracker("svip/elsewhere", "train", run_id=left.run_id)
+        if finished:
+            with resumed:
+                pass
+    (result,) = sync(folder)
+    assert (result.run_id, result.problem) == (resumed.run_id, "")
+    assert MlflowClient(store).get_run(resumed.run_id).info.status == ("FINISHED" if finished else "RUNNING")
+    assert history(store, resumed.run_id) == [(1, 1.0)]
+    resumed.leave()
+
+
+def test_what_an_earlier_process_kept_does_not_open_or_end_a_run_that_another_went_on_with(
+    store: str, folder: Path
+) -> None:
+    with open_tracker("svip/late", "train") as tracker:
+        pass
+    late = opened(Journal.create(folder, tracker.run_id, store), run_id=tracker.run_id, time=1000)
+    metric(late, 1)
+    late.append("end", status="FAILED", time=2000)
+    late.close()
+    assert [result.problem for result in sync(folder)] == [""]
+    assert MlflowClient(store).get_run(tracker.run_id).info.status == "FINISHED"
+    assert history(store, tracker.run_id) == [(1, 1.0)]
+
+
 def test_a_resumed_run_sends_first_what_its_killed_process_left(store: str, folder: Path) -> None:
     with open_tracker("svip/resumed", "train") as first:
         pass
@@ -300,6 +406,21 @@ def test_an_outbox_that_cant_be_made_is_replaced(tmp_path: Path, monkeypatch: py
     assert tracking.outbox_folder().parent == tmp_path
 
 
+def test_a_pipeline_ends_its_run_although_the_server_does_not_know_it_yet(store: str, folder: Path) -> None:
+    # as open_run leaves it without an answer; from then on the server is back
+    journal = opened(
+        Journal.create(folder, "local-unknown", store),
+        experiment="svip/unknown",
+        tags={"pipeline": "pipeline-81"},
+        owns=False,
+        reopen=False,
+    )
+    journal.close()
+    tracking.close_run("pipeline-81", "FAILED")
+    assert [run.info.status for run in runs(store, "svip/unknown")] == ["FAILED"]
+    assert not folder.exists()
+
+
 def test_a_pipeline_without_its_server_is_complete_after_a_sync(
     store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,25 +428,38 @@ def test_a_pipeline_without_its_server_is_complete_after_a_sync(
     for name, value in {"FLUSH": 0.05, "SHORT_FLUSH": 0.05, "PAUSES": (0.01, 0.01)}.items():
         monkeypatch.setattr(sender, name, value)
     parent = tracking.open_run("pipeline-77", "svip/without", {"lr": 1}, {"preset": "smoke"})
-    with open_tracker("svip/without", "train", parent_run_id=parent) as tracker:
+    with open_tracker("svip/without", "train", parent_run_id=parent, tags={"step": "train"}) as tracker:
         tracker.log_metrics({"val/H": 40.0}, 3)
+    tags = {"step": "evaluate", "train_run_id": tracker.run_id}
+    with open_tracker("svip/without", "evaluate", parent_run_id=parent, tags=tags) as tested:
+        pass
     (tmp_path / "report.html").write_text("<html>")
     tracking.log_to_run(parent, {"test/H": 41.0}, [tmp_path / "report.html"])
     tracking.close_run("pipeline-77", "SUCCEEDED")
+    assert len(list(folder.glob("*.jsonl"))) == 3
     by_id = tracking.open_run("pipeline-78", "svip/without", {})
     tracking.close_run(by_id, "FAILED")
     assert [result.left > 0 for result in sync(folder)] == [True] * len(list(folder.glob("*.jsonl")))
 
     assert [result.problem for result in sync(folder, to=store)] == [""] * 4
     found = {run.data.tags["outbox_id"]: run for run in runs(store, "svip/without")}
-    assert set(found) == {parent, tracker.run_id, by_id}
+    assert set(found) == {parent, tracker.run_id, tested.run_id, by_id}
     assert {key: run.info.status for key, run in found.items()} == {
         parent: "FINISHED",
         tracker.run_id: "FINISHED",
+        tested.run_id: "FINISHED",
         by_id: "FAILED",
     }
     assert found[tracker.run_id].data.tags["mlflow.parentRunId"] == found[parent].info.run_id
     assert (found[parent].data.metrics, found[parent].data.params) == ({"test/H": 41.0}, {"lr": "1"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    trained, evaluated = (found[run.run_id].info.run_id for run in (tracker, tested))
+    for run_id in (trained, tracker.run_id):  # the folder of the checkpoint still has the local one
+        evaluation = tracking.find_evaluation(run_id)
+        assert evaluation is not None and evaluation.run_id == evaluated
+        assert tracking.read_run(run_id).run_id == trained
+    both = tracking.find_runs(parent)
+    assert both[0].run_id == trained and both[1] is not None and both[1].run_id == evaluated
     files = MlflowClient(store).list_artifacts(found[parent].info.run_id)
     assert [file.path for file in files] == ["report.html"]
     assert not folder.exists()

@@ -79,6 +79,21 @@ def test_a_saved_run_that_the_store_lost_becomes_a_new_run(store: str, caplog: p
     assert "goes on in a new run" in caplog.text
 
 
+def test_a_run_that_was_deleted_becomes_a_new_run(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_tracker("svip/cub", "train") as first:
+        pass
+    MlflowClient(store).delete_run(first.run_id)
+    with open_tracker("svip/cub", "train", run_id=first.run_id) as second:
+        assert second.run_id != first.run_id
+    assert f"run {first.run_id} is not in {store}, or was deleted there: it goes on in a new run" in caplog.text
+    assert read(store, second.run_id).info.status == "FINISHED"
+    monkeypatch.setenv("MLFLOW_RUN_ID", first.run_id)
+    with pytest.raises(TrackingError, match="no such run"):
+        open_tracker("svip/cub", "train")
+
+
 def test_mlflow_run_id_wins_and_has_to_exist(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = open_run("experiment", "svip/cub", {})
     other = open_run("experiment", "svip/cub", {})
@@ -95,6 +110,10 @@ def test_an_error_marks_the_run_failed_and_says_why(store: str) -> None:
     run = read(store, tracker.run_id)
     assert run.info.status == "FAILED"
     assert run.data.tags["error"] == "ValueError: loss is not finite"
+    with open_tracker("svip/cub", "train", run_id=tracker.run_id):
+        pass
+    run = read(store, tracker.run_id)
+    assert run.info.status == "FINISHED" and "error" not in run.data.tags
 
 
 def test_sigterm_marks_the_run_killed(store: str, tmp_path: Path) -> None:
@@ -125,6 +144,18 @@ def test_an_exit_handler_closes_by_the_pipelines_name(store: str, status: str, e
     close_run("experiment-that-never-opened-a-run", status)
 
 
+def test_a_pipeline_that_goes_on_ends_the_run_that_it_began(store: str) -> None:
+    first = open_run("experiment-51", "svip/cub", {"optim.lr": 0.1}, name="first")
+    close_run("experiment-51", "FAILED")
+    second = open_run("experiment-52", "svip/cub", {"optim.lr": 0.1}, name="second", continues="experiment-51")
+    run = read(store, first)
+    assert (second, run.info.status, run.info.run_name) == (first, "RUNNING", "second")
+    assert run.data.tags["pipeline"] == "experiment-52"
+    close_run("experiment-52", "SUCCEEDED")
+    assert read(store, first).info.status == "FINISHED"
+    assert open_run("experiment-53", "svip/cub", {}, continues="experiment-52") == first
+
+
 def test_close_run_refuses_what_it_does_not_know(store: str) -> None:
     with pytest.raises(TrackingError, match="status 'DONE': expected one of FINISHED"):
         close_run("experiment", "DONE")
@@ -150,10 +181,9 @@ def test_artifacts_lie_beside_the_store(store_file: Path, tmp_path: Path, monkey
     with open_tracker("svip/cub", "evaluate") as tracker:
         tracker.log_artifact(elsewhere / "report.html")
         tracker.log_artifact(elsewhere / "folder", "evaluation")
-        tracker.log_dict({"H": 50.0}, "metrics.json")
     artifacts = store_file.parent / "mlruns" / "svip" / "cub" / tracker.run_id / "artifacts"
     files = sorted(str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file())
-    assert files == ["evaluation/curve.csv", "metrics.json", "report.html"]
+    assert files == ["evaluation/curve.csv", "report.html"]
     assert not (elsewhere / "mlruns").exists()
 
 
@@ -163,7 +193,6 @@ def test_without_tracking_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         tracker.log_params({"a": 1})
         tracker.log_metrics({"a": 1.0})
         tracker.log_artifact(tmp_path)
-        tracker.log_dict({}, "a.json")
         tracker.set_tags({"a": "b"})
     assert tracker.run_id == ""
     assert tracking.log_checkpoint_model(Tracker(), tmp_path) == ""
