@@ -17,6 +17,7 @@ from svip.data.errors import DataError
 from svip.semantics.vectors import read_embedding
 from svip.steps.model import evaluate
 from svip.steps.provenance import vectors_sha256
+from svip.steps.runs import run_of_folder
 from svip.steps.training import train
 from svip.training.checkpoint import write_json
 
@@ -74,7 +75,7 @@ def rerun(
     tags = {"step": "rerun", "rerun_of": run_id, "bundle_sha256": trained.tags.get("bundle_sha256", "")}
     with (
         tracking.runs_of_their_own(),
-        tracking.open_tracker(trained.experiment, f"rerun-{trained.name}", tags=tags) as tracker,
+        run_of_folder(folder, trained.experiment, f"rerun-{trained.name}", "", tags) as tracker,
     ):
         parent = tracker.run_id
         again = train(data, words, checkpoint, preset, overrides, parent, log_model=False)["run_id"]

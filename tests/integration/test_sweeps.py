@@ -170,6 +170,36 @@ def test_an_interrupted_sweep_goes_on_within_the_run_that_it_was_in(
         assert protocols(tmp_path / "out", run) == protocols(tmp_path / "whole", run)
 
 
+def test_what_a_sweep_keeps_below_SVIP_WORK_is_found_again(
+    ablate: Ablate, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVIP_WORK", str(tmp_path / "work"))
+    train = training_step.train_model
+    epochs: list[int] = []
+
+    def stopped(config: Config, data: Bundle, words: Any, out: Path, report: Log, *rest: Any) -> dict[str, Any]:
+        def note(metrics: dict[str, float], epoch: int, phase: str) -> None:
+            report(metrics, epoch, phase)
+            epochs.append(epoch)
+            if len(epochs) == 1:
+                raise KeyboardInterrupt
+
+        return train(config, data, words, out, note, *rest)
+
+    monkeypatch.setattr(training_step, "train_model", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(tmp_path / "out", variants=("full",))
+    assert not (tmp_path / "out/full/seed-0/checkpoint").exists()
+    first = [(tmp_path / "out" / folder / "run_id").read_text() for folder in ("", "full/seed-0")]
+    ablate(tmp_path / "out", variants=("full",))
+    assert epochs[1] == 2, "not the first epoch again"
+    client = MlflowClient(store)
+    trained = (tmp_path / "out/full/seed-0/checkpoint/run_id").read_text()
+    own = client.get_run(trained).data.tags["mlflow.parentRunId"]
+    assert [client.get_run(own).data.tags["mlflow.parentRunId"], own] == first
+    assert client.get_run(own).info.status == "FINISHED"
+
+
 def test_a_failed_run_stops_no_other_and_is_named_at_the_end(ablate: Ablate, tmp_path: Path) -> None:
     # more than the four groups that there are: only the baseline selects none
     with pytest.raises(FailedRuns, match=r"(?s)1 of 2 runs failed.*full:0: ConfigError: model.selected_groups=99"):
