@@ -77,11 +77,11 @@ def compare(
     return comparison
 
 
-def _protocols(run: tracking.TestedRun) -> list[str]:
+def _protocols(run: tracking.Recorded) -> list[str]:
     return [name for name in PROTOCOLS if f"test/{name}/H" in run.metrics]
 
 
-def _entry(run: tracking.TestedRun, protocol: str, folder: Path) -> Entry:
+def _entry(run: tracking.Recorded, protocol: str, folder: Path) -> Entry:
     prefix = f"test/{protocol}/"
     numbers = {name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)}
     params = expanded({key: _parsed(value) for key, value in run.params.items()})
@@ -95,9 +95,8 @@ def _entry(run: tracking.TestedRun, protocol: str, folder: Path) -> Entry:
     )
 
 
-def _answers(run: tracking.TestedRun, gamma: float, folder: Path) -> Answers | None:
+def _answers(run: tracking.Recorded, gamma: float, folder: Path) -> Answers | None:
     """From the scores that the evaluation left; None without them, or where they don't say which classes are unseen."""
-    folder.mkdir()
     path = run.download("predictions.npz", folder)
     if path is None:
         return None

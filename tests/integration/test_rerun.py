@@ -233,7 +233,7 @@ def test_runs_that_stand_for_no_training_are_refused(done: Experiment, store: st
         tracking.find_runs("0" * 32)
     empty = steps.open_run("experiment-1", "smoke")
     assert "kfp_run_id" not in MlflowClient(store).get_run(empty).data.tags, "a plain number is no Kubeflow run"
-    with pytest.raises(TrackingError, match="holds 0 trainings and 0 evaluations: expected one training"):
+    with pytest.raises(TrackingError, match="holds 0 finished trainings and 0 evaluations of them: expected one"):
         tracking.find_runs(empty)
     with (
         pytest.raises(KeyboardInterrupt),
