@@ -22,7 +22,7 @@ from svip.config import Config, ConfigError, presets
 from svip.data.bundle_cache import open_bundle, push_bundle
 from svip.data.s3 import upload
 from svip.data.sources import is_remote
-from svip.semantics.vectors import FILES, open_embedding
+from svip.semantics.vectors import FILES, open_embedding, vectors_sha256
 from svip.training.work import Place
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def visible(training: Training) -> Training:
         else:
             _copy(data.path, Path(bundle), [*data.info["files"], "bundle.json"])
     if not _seen(vectors, base):
-        content = open_embedding(vectors).vectors.tobytes()
-        source, vectors = Path(vectors), f"{base}/inputs/vectors-{hashlib.sha256(content).hexdigest()[:16]}"
+        digest = vectors_sha256(open_embedding(vectors).vectors)
+        source, vectors = Path(vectors), f"{base}/inputs/vectors-{digest[:16]}"
         if is_remote(base):
             for file in FILES:
                 upload(source / file, f"{vectors}/{file}")

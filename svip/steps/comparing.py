@@ -14,12 +14,13 @@ from svip import tracking
 from svip.changes import PLACES, as_text, expanded
 from svip.evaluation import run_comparison
 from svip.evaluation.intervals import Answers
-from svip.evaluation.report import COLUMNS, PROTOCOLS
+from svip.evaluation.metrics import ACCURACIES
+from svip.evaluation.report import PROTOCOLS
 from svip.evaluation.run_comparison import Comparison, Entry
 
 log = logging.getLogger(__name__)
 
-SORTS = (*COLUMNS, "gamma", "name", "seed")
+SORTS = (*ACCURACIES, "gamma", "name", "seed")
 NO_SETTINGS = (*PLACES, "train.seed", "evaluation.")
 """Beginnings of parameters by which a comparison doesn't tell runs apart: they change no number, or stand elsewhere."""
 

@@ -24,7 +24,7 @@ from svip.cli import app
 from svip.config import flatten, from_yaml, load_config
 from svip.data.bundle import Bundle
 from svip.semantics.vectors import Embedding, write_embedding
-from svip.steps.reruns import RerunError, compare
+from svip.steps.reruns import RerunError, agreements, differences
 from svip.tracking import TrackingError
 
 KFP_RUN = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -74,6 +74,7 @@ def test_a_run_says_what_made_it(done: Experiment) -> None:
         "seed": "0",
         "protocol": "validation",
         "device": "cpu",
+        "processes": "1",
         "bundle": str(done.bundle.path),
         "bundle_sha256": done.bundle.sha256,
         "vectors_sha256": (done.checkpoint / "bundle.sha256").read_text().split()[1],
@@ -187,6 +188,9 @@ def test_a_dry_run_lists_what_differs_here_and_trains_nothing(
     result = steps.rerun(done.train, str(tmp_path / "out"), dry_run=True)
     assert ("git_sha", result["lineage"]["git_sha"], "other") in result["differences"]
     assert ("image_digest", "", "sha256:12") in result["differences"]
+    lineage = {**result["lineage"], "processes": "4"}
+    assert "processes" not in {what for what, _, _ in differences(lineage)}, "so many train on the processor"
+    assert ("processes", "4", "1") in differences({**lineage, "device": "cuda"}), "here is no GPU"
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +223,7 @@ def test_what_was_tested_can_be_registered_and_loaded_by_its_alias(done: Experim
 def test_numbers_are_compared_in_points_or_in_percent() -> None:
     recorded = {"val/H": {1: 40.0, 2: 50.0}, "train/loss": {1: 2.0}, "val/T1": {1: 1.0}, "test/U": {0: 5.0}}
     again = {"val/H": {1: 0.0, 2: 50.5}, "train/loss": {1: 2.011}, "val/T1": {1: 1.0}, "test/S": {0: 5.0}}
-    assert {line.name: line.verdict for line in compare(recorded, again, 0.5)} == {
+    assert {line.name: line.verdict for line in agreements(recorded, again, 0.5)} == {
         "val/H": "within",
         "train/loss": "differs",  # 0.55 % off
         "val/T1": "exact",

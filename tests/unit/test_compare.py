@@ -15,7 +15,7 @@ from svip import steps
 from svip.cli import app
 from svip.config import flatten, load_config
 from svip.evaluation.intervals import Answers, bootstrap
-from svip.evaluation.run_comparison import REPLICATES, Entry, compare, groups_table, runs_table
+from svip.evaluation.run_comparison import Entry, compare, groups_table, runs_table
 from svip.steps.comparing import CompareError
 from svip.tracking import TrackingError, evaluations_of, find_runs, open_run, open_tracker, search_evaluations
 
@@ -142,13 +142,13 @@ def test_an_experiment_is_compared_with_intervals(experiment: tuple[str, list[st
         ("seed", best.entry.facts["seed"]),
     ]
     answers = Answers.of(scores(0.9, int(best.entry.facts["seed"])), LABELS, UNSEEN, 0.1)
-    assert best.intervals == bootstrap(answers, replicates=REPLICATES)
+    assert best.intervals == bootstrap(answers)
     assert best.difference is None
     for line in rest:
         other = Answers.of(
             scores(0.9 if line.differing["M"] == "4" else 0.6, int(line.differing["seed"])), LABELS, UNSEEN, 0.1
         )
-        assert line.difference == bootstrap(other, answers, REPLICATES)["H"]
+        assert line.difference == bootstrap(other, answers)["H"]
     assert [group.seeds for group in result.groups] == [("0", "1")] * 2
 
     page = (tmp_path / "comparison.html").read_text()
