@@ -165,6 +165,24 @@ def test_a_pipeline_done_again_comes_to_the_same_numbers(
         steps.rerun(done.parent, "again")
 
 
+def test_an_interrupted_rerun_goes_on_with_what_it_keeps_below_SVIP_WORK(
+    done: Experiment, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVIP_WORK", str(tmp_path / "work"))
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("svip.steps.training.training_charts", stopped)  # when it has trained
+        with pytest.raises(KeyboardInterrupt):
+            steps.rerun(done.train, str(tmp_path / "again"))
+    monkeypatch.setattr("svip.training.loop.train_step", None)  # not one step again
+    result = steps.rerun(done.train, str(tmp_path / "again"), tolerance=0)
+    assert result["agrees"] and not list((tmp_path / "work").iterdir())
+    assert MlflowClient(store).get_run(result["rerun_id"]).info.status == "FINISHED"
+
+
 def test_a_training_done_again_with_other_words_or_data_is_refused(done: Experiment, tmp_path: Path) -> None:
     other = write_bundle(tmp_path / "bundle", IMAGE_ROLES, other_tests=True)
     words = write_vectors(tmp_path / "words", other, seed=2)
