@@ -60,7 +60,7 @@ class Containers:
         self._stopped = False
         try:
             client = docker.from_env()
-            client.images.get(IMAGE)
+            image = client.images.get(IMAGE)
             gpus = "nvidia" in client.info().get("Runtimes", {})
         except ImageNotFound:
             raise PipelineError(
@@ -79,7 +79,7 @@ class Containers:
             user=f"{os.getuid()}:{os.getgid()}",
             working_dir=str(Path.cwd()),
             entrypoint=[""],  # kfp gives the whole command, and Docker takes it for arguments of the image's own
-            environment=passed_environment(os.environ),
+            environment={"SVIP_IMAGE_DIGEST": str(image.id), **passed_environment(os.environ)},
             mounts=mounts(writable, [*sources(config, preset, space), *root]),
             network_mode="host",  # a tracking server of this machine is at 127.0.0.1 for the steps too
             shm_size=shared_memory(),

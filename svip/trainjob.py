@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from svip import tracking
 from svip.config import Config, ConfigError, presets
 from svip.data.bundle_cache import open_bundle, push_bundle
 from svip.data.s3 import upload
 from svip.data.sources import is_remote
-from svip.semantics.vectors import FILES, open_embedding
+from svip.semantics.vectors import FILES, open_embedding, vectors_sha256
 from svip.training.work import Place
 
 if TYPE_CHECKING:
@@ -33,11 +34,12 @@ log = logging.getLogger(__name__)
 PASSED_ON = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "AWS_CA_BUNDLE"),
     *("MLFLOW_RUN_ID", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "HF_ENDPOINT", "HF_HOME", "NCCL_DEBUG"),
-    *("SVIP_GIT_SHA", "SVIP_IMAGE_DIGEST"),
+    *("SVIP_GIT_SHA", "SVIP_IMAGE_DIGEST", "SVIP_OUTBOX"),
 )
 """Plain settings that the nodes get as this process has them."""
+TRACKING = "svip-mlflow"
 SECRETS = {
-    "svip-mlflow": ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    TRACKING: ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
     "svip-s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
 }
 """Secret of the namespace -> its keys, each of them a variable of the nodes; those that are not there are left out."""
@@ -73,6 +75,7 @@ def run(training: Training, nodes: int, processes: int) -> None:
     from the last checkpoint. TrainJobError, with the end of the log, where it fails.
     """
     training, client = visible(training), _client()
+    _check_tracking(client)
     job = render(training, nodes, processes, _kind_of_runtime(client))
     name = job.metadata.name
     status = _status(client, name)
@@ -122,8 +125,8 @@ def visible(training: Training) -> Training:
         else:
             _copy(data.path, Path(bundle), [*data.info["files"], "bundle.json"])
     if not _seen(vectors, base):
-        content = open_embedding(vectors).vectors.tobytes()
-        source, vectors = Path(vectors), f"{base}/inputs/vectors-{hashlib.sha256(content).hexdigest()[:16]}"
+        digest = vectors_sha256(open_embedding(vectors).vectors)
+        source, vectors = Path(vectors), f"{base}/inputs/vectors-{digest[:16]}"
         if is_remote(base):
             for file in FILES:
                 upload(source / file, f"{vectors}/{file}")
@@ -222,11 +225,38 @@ def _resources(training: Training, processes: int) -> Any:
 
 
 def _secret(secret: str, key: str) -> Any:
+    """The variable of a Secret's key; an address that is no secret is passed on as it is here."""
     from kubeflow_trainer_api import models
 
+    if key == "MLFLOW_TRACKING_URI" and (uri := _plain_tracking_uri()):
+        return models.IoK8sApiCoreV1EnvVar(name=key, value=uri)
     reference = models.IoK8sApiCoreV1SecretKeySelector(name=secret, key=key, optional=True)
     source = models.IoK8sApiCoreV1EnvVarSource(secretKeyRef=reference)
     return models.IoK8sApiCoreV1EnvVar(name=key, valueFrom=source)
+
+
+def _plain_tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI where it holds no password, and is not of this machine alone; else the Secret says it."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    own = urlsplit(uri).hostname in (None, "localhost", "127.0.0.1", "::1")
+    return "" if own or tracking.shown_uri() != uri else uri
+
+
+def _check_tracking(client: TrainerClient) -> None:
+    """TrainJobError where this process tracks, and the nodes would track into files of their own, which are lost."""
+    from kubernetes.client import ApiException
+
+    if not os.environ.get("MLFLOW_TRACKING_URI") or _plain_tracking_uri():
+        return
+    backend = client.backend
+    try:
+        backend.core_api.read_namespaced_secret(TRACKING, backend.namespace)
+    except ApiException as error:
+        if error.status == 404:  # and not 403: a pod may use Secrets that it may not read
+            raise TrainJobError(
+                f"the nodes can't track at {tracking.shown_uri()}: make the Secret {TRACKING} in namespace "
+                f"{backend.namespace} with the key MLFLOW_TRACKING_URI, an address that they reach"
+            ) from None
 
 
 def _runtime() -> str:

@@ -73,3 +73,10 @@ def best_among(scores: NDArray[np.floating], among: NDArray[np.bool_]) -> tuple[
     ids = np.flatnonzero(among)
     best = ids[scores[:, ids].argmax(1)]
     return best, scores[np.arange(len(scores)), best].astype(np.float64)
+
+
+def answers_at(gamma: float, scores: NDArray[np.floating], is_unseen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Class id [n] of the best class among all, of scores [n, C] from which gamma is taken where a class is seen."""
+    best_seen, seen_score = best_among(scores, ~is_unseen)
+    best_unseen, unseen_score = best_among(scores, is_unseen)
+    return np.where(seen_score - unseen_score <= gamma, best_unseen, best_seen)

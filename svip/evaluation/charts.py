@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from svip.evaluation import figures
-from svip.evaluation.calibration import best_among
+from svip.evaluation.calibration import answers_at
 from svip.evaluation.figures import PALETTE, STYLE
 from svip.training.checkpoint import write_atomically
 
@@ -56,9 +56,7 @@ def confusions(
     seen ones, at ``gamma``); a row sums to 1.
     """
     is_unseen = np.isin(np.arange(scores.shape[1]), unseen)
-    best_seen, seen_score = best_among(scores, ~is_unseen)
-    best_unseen, unseen_score = best_among(scores, is_unseen)
-    answers = np.where(seen_score - unseen_score <= gamma, best_unseen, best_seen)
+    answers = answers_at(gamma, scores, is_unseen)
     tested = np.intersect1d(labels, unseen)
     answered = np.where(np.isin(answers, tested), np.searchsorted(tested, answers), len(tested))
     counts = np.zeros((len(tested), len(tested) + 1))

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from svip.evaluation.figures import PALETTE, STYLE, blank, to_svg
+from svip.evaluation.metrics import ACCURACIES
 from svip.evaluation.pages import render
-from svip.evaluation.report import COLUMNS, PROTOCOLS
+from svip.evaluation.report import PROTOCOLS
 from svip.training.checkpoint import write_atomically, write_text
 
 LINES = {"T1": ("green", "o"), "U": ("orange", "s"), "S": ("muted", "^"), "H": ("accent", "D")}
@@ -104,7 +105,7 @@ def summarize(rows: Sequence[Row], results: Results, protocol: str, reference: s
     for row in rows:
         runs = results.get(row.variant, {})
         record: dict[str, Any] = {"variant": row.variant, "label": row.label, "seeds": len(runs)}
-        for column in COLUMNS:
+        for column in ACCURACIES:
             values = [protocols[protocol][column] for protocols in runs.values()]
             record[column], record[f"{column}_sd"] = _mean_and_sd(values)
         pairs = {
@@ -115,7 +116,7 @@ def summarize(rows: Sequence[Row], results: Results, protocol: str, reference: s
         record["difference"], spread = _mean_and_sd(list(pairs.values()))
         n = len(pairs)
         record["interval"] = stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) if n > 1 else math.nan
-        for column, value in zip(COLUMNS, row.paper, strict=False):
+        for column, value in zip(ACCURACIES, row.paper, strict=False):
             record[f"paper_{column}"] = value
         records.append(record)
     return pd.DataFrame(records)
@@ -180,13 +181,13 @@ def _about(protocol: str, seeds: int, has_paper: bool) -> str:
 def _cells(table: pd.DataFrame, reference: str, seeds: int) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text; the columns of seeds and of the paper stand only where they say something."""
     short = bool((table["seeds"] < seeds).any())
-    paper = [f"paper_{column}" for column in COLUMNS if f"paper_{column}" in table]
-    header = ["Variant", *(["seeds"] if short else []), *COLUMNS, f"H - {reference}"]
+    paper = [f"paper_{column}" for column in ACCURACIES if f"paper_{column}" in table]
+    header = ["Variant", *(["seeds"] if short else []), *ACCURACIES, f"H - {reference}"]
     header += [column.replace("_", " ") for column in paper]
     rows = []
     for record in table.to_dict("records"):
         cells = [str(record["label"]), *([f"{record['seeds']} of {seeds}"] if short else [])]
-        cells += [_number(record[column], record[f"{column}_sd"]) for column in COLUMNS]
+        cells += [_number(record[column], record[f"{column}_sd"]) for column in ACCURACIES]
         cells += [_number(record["difference"], record["interval"], sign="+")]
         rows.append([*cells, *(_number(record[column]) for column in paper)])
     return header, rows

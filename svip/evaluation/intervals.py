@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from svip.evaluation.calibration import best_among
+from svip.evaluation.calibration import answers_at, best_among
+from svip.evaluation.metrics import ACCURACIES
 
 REPLICATES = 10_000
 LEVEL = 0.95
-METRICS = ("T1", "U", "S", "H")
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,8 @@ class Answers:
         """Of scores [n, C] over all classes, labels [n], ids of the unseen classes [U] and the model's own gamma."""
         mask = np.zeros(scores.shape[1], bool)
         mask[unseen] = True
-        best_seen, seen_score = best_among(scores, ~mask)
-        best_unseen, unseen_score = best_among(scores, mask)
-        answer = np.where(seen_score - unseen_score <= gamma, best_unseen, best_seen)
-        return cls(labels, mask, answer == labels, best_unseen == labels)
+        best_unseen, _ = best_among(scores, mask)
+        return cls(labels, mask, answers_at(gamma, scores, mask) == labels, best_unseen == labels)
 
     @classmethod
     def read(cls, evaluation: Path) -> Answers:
@@ -94,7 +92,7 @@ def bootstrap(
     observed, drawn = _accuracies(models), _accuracies(models, replicates, seed)
     tail = 50 * (1 - LEVEL)
     intervals = {}
-    for name in METRICS:
+    for name in ACCURACIES:
         value, draws = observed[name][0], drawn[name][0]
         if other is not None:
             value, draws = value - observed[name][1], draws - drawn[name][1]

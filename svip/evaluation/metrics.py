@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from svip.evaluation.calibration import SeenUnseenCurve
 
 Scores = NDArray[np.floating]
+ACCURACIES = ("T1", "U", "S", "H")
+"""What a zero-shot result is made of, in the order of the paper's tables."""
 
 
 def per_class_accuracy(predictions: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:

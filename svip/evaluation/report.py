@@ -17,10 +17,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from svip.evaluation import figures
+from svip.evaluation.metrics import ACCURACIES
 from svip.evaluation.pages import render
 from svip.training.checkpoint import write_text
 
-COLUMNS = ("T1", "U", "S", "H")
 PROTOCOLS = {
     "validation": "gamma chosen on the validation classes",
     "none": "no calibration, gamma = 0",
@@ -256,7 +256,7 @@ def _svg(figure: Any, name: str, label: str) -> Markup:
 
 
 def _cells(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*(_number(values.get(name)) for name in COLUMNS), _number(values.get("gamma"), 3))
+    return (*(_number(values.get(name)) for name in ACCURACIES), _number(values.get("gamma"), 3))
 
 
 def _number(value: Any, digits: int = 1) -> str:

@@ -18,17 +18,16 @@ from markupsafe import Markup
 
 from svip.changes import short_key, short_value
 from svip.evaluation.figures import PALETTE, STYLE, blank, to_svg
-from svip.evaluation.intervals import Answers, Interval, bootstrap
+from svip.evaluation.intervals import Answers, Interval, bootstrap, bootstrap_h
+from svip.evaluation.metrics import ACCURACIES
 from svip.evaluation.pages import render
-from svip.evaluation.report import COLUMNS, PROTOCOLS
+from svip.evaluation.report import PROTOCOLS
 from svip.training.checkpoint import write_atomically, write_text
 
 ON_TEST = ("oracle", "published")
 """Protocols that choose on the test set."""
 FACTS = {"variant": "variant", "preset": "preset", "seed": "seed", "code": "code", "bundle_sha256": "data"}
 """What is known of a run beside its settings -> how it is called in a table."""
-REPLICATES = 2000
-"""Draws of the bootstrap here: the ends of an interval move by less than 0.1 of its width with other draws."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +136,11 @@ def runs_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows, one a run."""
     lines = comparison.lines
     paired = any(line.difference for line in lines)
-    header = ["run", *lines[0].differing, *COLUMNS, "gamma", *(["H - first"] if paired else [])]
+    header = ["run", *lines[0].differing, *ACCURACIES, "gamma", *(["H - first"] if paired else [])]
     rows = []
     for line in lines:
         cells = [line.entry.run_id[:8], *line.differing.values()]
-        cells += [_with_interval(line.entry.numbers.get(name), line.intervals.get(name)) for name in COLUMNS]
+        cells += [_with_interval(line.entry.numbers.get(name), line.intervals.get(name)) for name in ACCURACIES]
         cells += [_number(line.entry.numbers.get("gamma"), 3)]
         if paired:
             difference = line.difference
@@ -152,7 +151,7 @@ def runs_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def groups_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows, one a configuration over its seeds."""
-    header = [*comparison.groups[0].differing, "seeds", *COLUMNS]
+    header = [*comparison.groups[0].differing, "seeds", *ACCURACIES]
     rows = []
     for group in comparison.groups:
         cells = [_number(mean) + ("" if math.isnan(sd) else f" ± {sd:.1f}") for mean, sd in group.numbers.values()]
@@ -215,14 +214,14 @@ def _rank(entry: Entry, sort: str) -> tuple[Any, ...]:
 
 
 def _intervals(entry: Entry) -> dict[str, Interval]:
-    return bootstrap(entry.answers, replicates=REPLICATES) if entry.answers else {}
+    return bootstrap(entry.answers) if entry.answers else {}
 
 
 def _difference(entry: Entry, first: Entry) -> Interval | None:
     """H minus the first one's, with the interval of that; None for itself and where the test images are others."""
     if entry is first or not entry.answers or not first.answers or _data(entry) != _data(first) or not _data(first):
         return None
-    return bootstrap(entry.answers, first.answers, REPLICATES)["H"]
+    return bootstrap_h(entry.answers, first.answers)
 
 
 def _groups(entries: Sequence[Entry], differing: Any) -> tuple[list[Group], list[str]]:
@@ -241,7 +240,7 @@ def _groups(entries: Sequence[Entry], differing: Any) -> tuple[list[Group], list
             notes.append(f"Seed {', '.join(repeated)} ran more than once: its first row counts in the means.")
         if len({entry.facts.get("code") for entry in once}) > 1:
             notes.append("Seeds of one configuration ran with different code.")
-        numbers = {name: _mean_and_sd([entry.numbers.get(name, math.nan) for entry in once]) for name in COLUMNS}
+        numbers = {name: _mean_and_sd([entry.numbers.get(name, math.nan) for entry in once]) for name in ACCURACIES}
         groups.append(Group(differing(once[0], ("seed", "code")), tuple(sorted(by_seed)), numbers))
     return groups, list(dict.fromkeys(notes))
 
@@ -268,7 +267,7 @@ def _csv(comparison: Comparison) -> pd.DataFrame:
         entry = line.entry
         record: dict[str, Any] = {"run_id": entry.run_id, "name": entry.name, "protocol": comparison.protocol}
         record |= {key: entry.facts.get(key, "") for key in FACTS}
-        for name in COLUMNS:
+        for name in ACCURACIES:
             record[name] = entry.numbers.get(name)
             if name in line.intervals:
                 record |= {f"{name}_low": line.intervals[name].low, f"{name}_high": line.intervals[name].high}
@@ -308,7 +307,7 @@ def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 
 def _page_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Any, int, Any]:
     """Header, number of columns with words, and rows of (text, interval)."""
-    words = header.index(COLUMNS[0])
+    words = header.index(ACCURACIES[0])
     cells = [[(cell, "") for cell in row[:words]] for row in rows]
     for line, row in zip(cells, rows, strict=True):
         line += [(value, interval.rstrip("]")) for value, _, interval in (cell.partition(" [") for cell in row[words:])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import secrets
@@ -37,6 +38,11 @@ class Embedding:
     report: dict[str, Any]
     """vectors_file, dimension, pooling; attributes: per attribute its words used and missing; missing_words: word out
     of vocabulary -> the nearest words known; zero_attributes: names without any known word."""
+
+
+def vectors_sha256(vectors: NDArray[np.float32]) -> str:
+    """What tells attribute vectors apart: in a training's folder, its run, and the names of their copies."""
+    return hashlib.sha256(vectors.tobytes()).hexdigest()
 
 
 def embed_attributes(

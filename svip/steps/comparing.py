@@ -14,12 +14,13 @@ from svip import tracking
 from svip.changes import PLACES, as_text, expanded
 from svip.evaluation import run_comparison
 from svip.evaluation.intervals import Answers
-from svip.evaluation.report import COLUMNS, PROTOCOLS
+from svip.evaluation.metrics import ACCURACIES
+from svip.evaluation.report import PROTOCOLS
 from svip.evaluation.run_comparison import Comparison, Entry
 
 log = logging.getLogger(__name__)
 
-SORTS = (*COLUMNS, "gamma", "name", "seed")
+SORTS = (*ACCURACIES, "gamma", "name", "seed")
 NO_SETTINGS = (*PLACES, "train.seed", "evaluation.")
 """Beginnings of parameters by which a comparison doesn't tell runs apart: they change no number, or stand elsewhere."""
 
@@ -77,11 +78,11 @@ def compare(
     return comparison
 
 
-def _protocols(run: tracking.TestedRun) -> list[str]:
+def _protocols(run: tracking.Recorded) -> list[str]:
     return [name for name in PROTOCOLS if f"test/{name}/H" in run.metrics]
 
 
-def _entry(run: tracking.TestedRun, protocol: str, folder: Path) -> Entry:
+def _entry(run: tracking.Recorded, protocol: str, folder: Path) -> Entry:
     prefix = f"test/{protocol}/"
     numbers = {name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)}
     params = expanded({key: _parsed(value) for key, value in run.params.items()})
@@ -95,9 +96,8 @@ def _entry(run: tracking.TestedRun, protocol: str, folder: Path) -> Entry:
     )
 
 
-def _answers(run: tracking.TestedRun, gamma: float, folder: Path) -> Answers | None:
+def _answers(run: tracking.Recorded, gamma: float, folder: Path) -> Answers | None:
     """From the scores that the evaluation left; None without them, or where they don't say which classes are unseen."""
-    folder.mkdir()
     path = run.download("predictions.npz", folder)
     if path is None:
         return None

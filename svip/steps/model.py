@@ -93,7 +93,7 @@ def _evaluate(
     made = made_of_checkpoint(Path(checkpoint), config, read_config(Path(checkpoint)))
     tags = {
         "step": "evaluate",
-        "train_run_id": train_run_id,
+        tracking.TRAIN_RUN_TAG: train_run_id,
         **lineage_tags(config, data, bundle),
         **named(config, run, made),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 
 from svip import tracking
@@ -11,7 +10,7 @@ from svip.config import Config, to_yaml
 from svip.data.bundle import Bundle
 from svip.data.sources import is_remote, shown
 from svip.evaluation.inference import choose_device
-from svip.semantics.vectors import Embedding, write_embedding
+from svip.semantics.vectors import Embedding, vectors_sha256, write_embedding
 
 
 def lineage_tags(config: Config, data: Bundle, bundle: str) -> dict[str, str]:
@@ -45,18 +44,13 @@ def record_lineage(
         return
     used = [used_data(data, bundle, "training" if embedding else "testing")]
     if embedding:
-        digest, (attributes, size) = vectors_sha256(embedding), embedding.vectors.shape
+        digest, (attributes, size) = vectors_sha256(embedding.vectors), embedding.vectors.shape
         tracker.set_tags({"vectors_sha256": digest})
         profile = {"attributes": attributes, "size": size}
         used.append(tracking.Data("attribute-vectors", digest, _place(vectors), "word vectors", profile))
     write = functools.partial(write_embedding, embedding) if embedding else None
     tracking.log_lineage(tracker, to_yaml(config), str(choose_device(config.train.device)), write)
     tracking.log_data(tracker, used)
-
-
-def vectors_sha256(embedding: Embedding) -> str:
-    """What tells attribute vectors apart, as training notes it in its folder too."""
-    return hashlib.sha256(embedding.vectors.tobytes()).hexdigest()
 
 
 def _place(address: str) -> str:

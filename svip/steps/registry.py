@@ -145,10 +145,18 @@ def _obstacle(challenger: Tested, holder: Tested) -> str:
 
 def _model_of(trained: tracking.Recorded, checkpoint: Path | None) -> str:
     """The id of the model that the training logged; where it logged none (in an ablation), of the checkpoint."""
-    if trained.models:
-        return trained.models[-1]
+    statuses = {model: tracking.model_status(model) for model in trained.models}
+    ready = [model for model, status in statuses.items() if status == "READY"]
+    if ready:
+        return ready[-1]
     if checkpoint is None:
-        raise RegisterError(f"run {trained.run_id} logged no model; name the folder of its checkpoint instead")
+        said = "logged no model"
+        if statuses:
+            said = f"has a model that is not whole in MLflow ({', '.join(sorted(set(statuses.values())))})"
+        raise RegisterError(f"run {trained.run_id} {said}; name the folder of its checkpoint instead")
     tags = {"step": "register"}
     with tracking.open_tracker(trained.experiment, "register", parent_run_id=trained.run_id, tags=tags) as tracker:
-        return tracking.log_checkpoint_model(tracker, checkpoint).removeprefix("models:/")
+        model = tracking.log_checkpoint_model(tracker, checkpoint).removeprefix("models:/")
+    if not model:
+        raise RegisterError(f"the model of {checkpoint} could not be logged (see above); try again")
+    return model

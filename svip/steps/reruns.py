@@ -10,20 +10,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from svip import tracking
 from svip.config import ConfigError, flatten, from_yaml, load_config
 from svip.data.bundle_cache import open_bundle
 from svip.data.errors import DataError
-from svip.semantics.vectors import read_embedding
+from svip.evaluation.metrics import ACCURACIES
+from svip.semantics.vectors import read_embedding, vectors_sha256
 from svip.steps.model import evaluate
-from svip.steps.provenance import vectors_sha256
+from svip.steps.runs import run_of_folder
 from svip.steps.training import train
 from svip.training.checkpoint import write_json
+from svip.training.launch import asked
 
 log = logging.getLogger(__name__)
 
 RESULT = "rerun.json"
-ACCURACIES = ("T1", "U", "S", "H")
 
 
 class RerunError(ValueError):
@@ -31,7 +34,7 @@ class RerunError(ValueError):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Agreement:
     """One number of a run, and what the rerun made of it."""
 
     name: str
@@ -74,17 +77,18 @@ def rerun(
     tags = {"step": "rerun", "rerun_of": run_id, "bundle_sha256": trained.tags.get("bundle_sha256", "")}
     with (
         tracking.runs_of_their_own(),
-        tracking.open_tracker(trained.experiment, f"rerun-{trained.name}", tags=tags) as tracker,
+        run_of_folder(folder, trained.experiment, f"rerun-{trained.name}", "", tags) as tracker,
     ):
         parent = tracker.run_id
-        again = train(data, words, checkpoint, preset, overrides, parent, log_model=False)["run_id"]
-        compared = compare(trained.histories(), tracking.find_runs(again)[0].histories(), tolerance)
+        arguments = (data, words, checkpoint, preset, overrides, parent)
+        again = train(*arguments, log_model=False, processes=_processes(lineage))["run_id"]
+        compared = agreements(trained.histories(), tracking.find_runs(again)[0].histories(), tolerance)
         if evaluated:
             tested_with = from_yaml(_config_of(evaluated, folder / "evaluated")).evaluation
             settings = [f"evaluation.{key}={json.dumps(value)}" for key, value in vars(tested_with).items()]
             evaluate(checkpoint, data, str(folder / "evaluation"), parent, overrides=settings)
             new = tracking.find_evaluation(again)
-            compared += compare(evaluated.histories(), new.histories() if new else {}, tolerance)
+            compared += agreements(evaluated.histories(), new.histories() if new else {}, tolerance)
         result |= {
             "rerun_id": parent,
             "tolerance": tolerance,
@@ -97,9 +101,9 @@ def rerun(
     return result
 
 
-def compare(
+def agreements(
     recorded: Mapping[str, tracking.History], rerun: Mapping[str, tracking.History], tolerance: float
-) -> list[Comparison]:
+) -> list[Agreement]:
     """Number by number; ``tolerance`` in points for accuracies, in percent for all else."""
     lines = []
     for name in sorted(recorded.keys() | rerun.keys()):
@@ -112,18 +116,20 @@ def compare(
         else:
             scale = 1 if name.rpartition("/")[2] in ACCURACIES else abs(a) / 100
             verdict = "within" if abs(a - b) <= tolerance * scale else "differs"
-        lines.append(Comparison(name, a, b, verdict))
+        lines.append(Agreement(name, a, b, verdict))
     return lines
 
 
 def differences(lineage: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """(what, then, now) for all of a run's code and environment that is another here."""
     diff = tracking.code_diff()
+    nodes = asked("SVIP_NODES") or 1
     now = {
         "git_sha": tracking.git_sha(),
         "code_diff_sha256": diff.sha256 if diff else "",
         "image_digest": os.environ.get("SVIP_IMAGE_DIGEST", ""),
         **tracking.environment(lineage.get("device", "")),
+        "processes": str(_processes(lineage) * nodes or 1),
     }
     keys = [key for key in (*now, *lineage) if key in now or key.startswith("package ")]
     return [
@@ -131,6 +137,12 @@ def differences(lineage: Mapping[str, str]) -> list[tuple[str, str, str]]:
         for key in dict.fromkeys(keys)
         if lineage.get(key, "") != now.get(key, "")
     ]
+
+
+def _processes(lineage: Mapping[str, str]) -> int:
+    """How many train on a machine to be as many as then, if it has the GPUs; 0 where a run doesn't say."""
+    then = int(lineage.get("processes") or 0) // (asked("SVIP_NODES") or 1)
+    return then if lineage.get("device") == "cpu" else min(then, torch.cuda.device_count())
 
 
 def _find_bundle(run: tracking.Recorded, given: str) -> str:
@@ -157,7 +169,7 @@ def _find_vectors(run: tracking.Recorded, given: str, folder: Path) -> str:
     found = Path(given) if given else run.download(tracking.VECTORS, folder)
     if found is None:
         raise RerunError(f"run {run.run_id} did not keep its word vectors; give the same ones with --vectors")
-    digest, expected = vectors_sha256(read_embedding(found)), run.tags.get("vectors_sha256")
+    digest, expected = vectors_sha256(read_embedding(found).vectors), run.tags.get("vectors_sha256")
     if expected and digest != expected:
         raise RerunError(
             f"run {run.run_id} needs word vectors {expected[:12]}, and {found} holds {digest[:12]}; give the same "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,24 @@ def data_settings(preset: str, overrides: Sequence[str] = ()) -> list[str]:
 def close_run(run_id: str, status: str) -> None:
     """End the parent run: FINISHED, FAILED or KILLED."""
     tracking.close_run(run_id, status)
+
+
+@contextmanager
+def run_of_folder(
+    folder: Path, experiment: str, name: str, parent_run_id: str, tags: Mapping[str, str]
+) -> Iterator[tracking.Tracker]:
+    """The run of what is done in a folder: when it goes on, the same one is opened again (its file ``run_id``).
+
+    So it is the same parent to the trainings in it, which by that find again what they keep below SVIP_WORK.
+    """
+    record = folder / "run_id"
+    known = record.read_text().strip() if record.exists() else None
+    with tracking.open_tracker(
+        experiment, name, parent_run_id=parent_run_id or None, run_id=known, tags=tags
+    ) as tracker:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(tracker.run_id)
+        yield tracker
 
 
 def named(config: Config, run: str, made: Mapping[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from svip.data.bundle_cache import open_bundle
 from svip.evaluation import comparison
 from svip.semantics.vectors import read_embedding
 from svip.steps.model import evaluate
-from svip.steps.runs import experiment_of
+from svip.steps.runs import experiment_of, run_of_folder
 from svip.steps.training import train
 from svip.training.loop import check_resumable
 
@@ -150,7 +150,10 @@ def _sweep(
     overrides: Sequence[str],
     parent_run_id: str,
 ) -> str:
-    """Work off a sweep under one MLflow run; ``write`` makes its table, anew after each of its runs."""
+    """Work off a sweep under one MLflow run, which is opened again when it goes on.
+
+    ``write`` makes its table, anew after each of its runs.
+    """
     data, embedding, directory = open_bundle(bundle), read_embedding(Path(vectors)), Path(out)
     runs = sweep.runs_of(variants, seeds)
     homes = sweep.homes_of(runs, preset, overrides)
@@ -170,9 +173,7 @@ def _sweep(
         folder, config = run.folder(directory), homes[run][1]
         checkpoint = str(folder / "checkpoint")
         tags = {"preset": preset, "bundle_sha256": data.sha256, "variant": run.variant.name}
-        with tracking.open_tracker(
-            experiment_of(config), run.name, parent_run_id=parent.run_id or None, tags=tags
-        ) as own:
+        with run_of_folder(folder, experiment_of(config), run.name, parent.run_id, tags) as own:
             train(bundle, vectors, checkpoint, preset, [*overrides, *run.overrides], own.run_id, log_model=False)
             # a checkpoint may have been saved with other ones, whether they came as overrides or with the preset
             again = [f"evaluation.{key}={json.dumps(value)}" for key, value in vars(config.evaluation).items()]
@@ -190,7 +191,7 @@ def _sweep(
 
     tags = {"preset": preset, "bundle_sha256": data.sha256, "step": name}
     experiment = experiment_of(load_config(preset, overrides))
-    with tracking.open_tracker(experiment, name, parent_run_id=parent_run_id or None, tags=tags) as parent:
+    with run_of_folder(directory, experiment, name, parent_run_id, tags) as parent:
         try:
             with tracking.runs_of_their_own():
                 sweep.work([run for run in runs if homes[run][0] is run], is_finished, execute, show)

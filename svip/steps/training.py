@@ -79,11 +79,15 @@ def train(
 
 
 def _address(config: Config, out: str, parent_run_id: str, run: str, resume: bool) -> str:
-    """Where this training is kept: ``out``, or below SVIP_WORK where nothing was begun in ``out``."""
+    """Where this training is kept: ``out``, or below SVIP_WORK where nothing was begun in ``out``.
+
+    What is below SVIP_WORK counts until all of it is in ``out``, which may hold a part of it.
+    """
     work = os.environ.get("SVIP_WORK")
     address = out
-    if work and not out.startswith("s3://") and not _begun(out):
-        address = workplace(work, out, parent_run_id, run, config)
+    if work and not out.startswith("s3://") and not Place(out).finished():
+        kept = workplace(work, out, parent_run_id, run, config)
+        address = kept if _begun(kept) or not _begun(out) else out
     if not resume and _begun(address):
         raise FileExistsError(f"{address} is not empty; resume it (--resume), or train into another --out")
     return address

@@ -5,12 +5,12 @@ it goes through MlflowClient, so no run is ever "active" in the process, and by 
 server: Tracker (runs) -> Journal (outbox) -> Sender, or later sync -> Delivery.
 """
 
-from svip.tracking.inputs import CODE, CONFIG, ENVIRONMENT, KFP_RUN_TAG, VECTORS, Data, log_data, log_lineage
+from svip.tracking.inputs import CONFIG, ENVIRONMENT, KFP_RUN_TAG, VECTORS, Data, log_data, log_lineage
 from svip.tracking.lineage import code_diff, environment, git_sha
 from svip.tracking.models import log_checkpoint_model, log_results
 from svip.tracking.outbox import outbox_folder
 from svip.tracking.pipeline_runs import close_run, open_run
-from svip.tracking.recorded import History, Recorded, find_evaluation, find_runs, read_run
+from svip.tracking.recorded import TRAIN_RUN_TAG, History, Recorded, find_evaluation, find_runs, read_run
 from svip.tracking.registry import (
     CHALLENGER,
     CHAMPION,
@@ -18,12 +18,13 @@ from svip.tracking.registry import (
     Version,
     champion_of,
     describe,
+    model_status,
     register_version,
     set_alias,
     version_of,
 )
 from svip.tracking.runs import DESCRIPTION, Tracker, log_to_run, open_tracker, runs_of_their_own
-from svip.tracking.search import TestedRun, evaluations_of, search_evaluations
+from svip.tracking.search import evaluations_of, search_evaluations
 from svip.tracking.store import TrackingError, shown_uri, tracking_uri, without_password
 from svip.tracking.sync import sync
 from svip.tracking.system import system_metrics
@@ -31,17 +32,16 @@ from svip.tracking.system import system_metrics
 __all__ = [
     "CHALLENGER",
     "CHAMPION",
-    "CODE",
     "CONFIG",
     "ENVIRONMENT",
     "EVALUATION_TAG",
     "KFP_RUN_TAG",
+    "TRAIN_RUN_TAG",
     "VECTORS",
     "Data",
     "History",
     "Recorded",
     "DESCRIPTION",
-    "TestedRun",
     "Tracker",
     "TrackingError",
     "Version",
@@ -59,6 +59,7 @@ __all__ = [
     "log_lineage",
     "log_results",
     "log_to_run",
+    "model_status",
     "open_run",
     "open_tracker",
     "outbox_folder",

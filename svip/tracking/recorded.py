@@ -1,9 +1,9 @@
-"""Runs read back: what one was made with, the runs that belong to it, and its numbers."""
+"""Runs read back: what one was made with, its numbers, and the runs that belong to it."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,18 +16,28 @@ from svip.tracking.store import TrackingError, client_of, reaching_the_store, ru
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
+RESUMED = "resumed."
+"""How tags begin that hold what a resumed run has otherwise than its parameters say."""
+EVALUATED = "tags.step = 'evaluate' and attributes.status = 'FINISHED'"
+"""What fits finished evaluations, in MLflow's language."""
+PAGE = 1000
+TRAINED_AS = ("preset", "variant", "changes", "seed")
+"""Tags that trainings share when one is another try of the other."""
 History = dict[int, float]
 """Step -> value."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A finished run of a step."""
+    """A finished run."""
 
     run_id: str
     name: str
     experiment: str
     tags: Mapping[str, str]
+    params: Mapping[str, str]
+    """As the run was resumed the last time."""
+    metrics: Mapping[str, float]
     parent: str
     """Id of the run that it is nested in, or nothing."""
     models: tuple[str, ...]
@@ -36,9 +46,18 @@ class Recorded:
     @classmethod
     def of(cls, run: Run) -> Recorded:
         experiment = client_of(tracking_uri()).get_experiment(run.info.experiment_id).name
-        tags = {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")}
-        models = tuple(output.model_id for output in run.outputs.model_outputs) if run.outputs else ()
-        return cls(run.info.run_id, run.info.run_name, experiment, tags, run.data.tags.get(PARENT_TAG, ""), models)
+        tags = run.data.tags
+        later = {key.removeprefix(RESUMED): value for key, value in tags.items() if key.startswith(RESUMED)}
+        return cls(
+            run_id=run.info.run_id,
+            name=run.info.run_name,
+            experiment=experiment,
+            tags={key: value for key, value in tags.items() if not key.startswith(("mlflow.", RESUMED))},
+            params={**run.data.params, **later},
+            metrics=run.data.metrics,
+            parent=tags.get(PARENT_TAG, ""),
+            models=tuple(output.model_id for output in run.outputs.model_outputs) if run.outputs else (),
+        )
 
     @reaching_the_store()
     def download(self, artifact: str, folder: Path) -> Path | None:
@@ -103,7 +122,8 @@ def find_runs(run_id: str) -> tuple[Recorded, Recorded | None]:
     """The training that a run stands for, and its evaluation where the run is one or frames one.
 
     ``run_id``: of a training, of an evaluation, or of a run in which both are nested (a pipeline's). TrackingError
-    where there is no such run, or not exactly one finished training and no more than one evaluation in it.
+    where there is no such run, or not exactly one finished training in it. Of a step that was tried again the last
+    run counts.
     """
     run, client = _get(run_id), client_of(tracking_uri())
     step = run.data.tags.get("step")
@@ -114,25 +134,54 @@ def find_runs(run_id: str) -> tuple[Recorded, Recorded | None]:
         if not train_run or not run_exists(client, train_run):
             raise TrackingError(f"run {run_id} does not say which run trained its checkpoint; name that one")
         return _finished(client.get_run(train_run)), _finished(run)
-    nested = client.search_runs([run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{run.info.run_id}'")
-    trained, evaluated = ([run for run in nested if run.data.tags.get("step") == s] for s in ("train", "evaluate"))
+    query = f"tags.`{PARENT_TAG}` = '{run.info.run_id}' and attributes.status = 'FINISHED'"
+    nested = list(search([run.info.experiment_id], query))
+    trained = latest_of_each([run for run in nested if run.data.tags.get("step") == "train"], *TRAINED_AS)
+    evaluated = latest_of_each([run for run in nested if run.data.tags.get("step") == "evaluate"], TRAIN_RUN_TAG)
+    if len(evaluated) > 1:  # of an earlier try of the training, too
+        of_it = [run for run in evaluated if trained and run.data.tags.get(TRAIN_RUN_TAG) == trained[0].info.run_id]
+        evaluated = of_it or evaluated
     if len(trained) != 1 or len(evaluated) > 1:
         raise TrackingError(
-            f"run {run_id} holds {len(trained)} trainings and {len(evaluated)} evaluations: expected one training "
-            "and at most one evaluation; name one of the runs in it"
+            f"run {run_id} holds {len(trained)} finished trainings and {len(evaluated)} evaluations of them: expected "
+            "one training and at most one evaluation; name one of the runs in it"
         )
-    return _finished(trained[0]), _finished(evaluated[0]) if evaluated else None
+    return Recorded.of(trained[0]), Recorded.of(evaluated[0]) if evaluated else None
 
 
 @reaching_the_store()
 def find_evaluation(train_run_id: str) -> Recorded | None:
     """The latest finished evaluation of the checkpoint that a run trained."""
     client = client_of(tracking_uri())
-    train_run_id = known_id(client, train_run_id)
-    experiment = client.get_run(train_run_id).info.experiment_id
-    query = f"tags.{TRAIN_RUN_TAG} = '{train_run_id}' and tags.step = 'evaluate' and attributes.status = 'FINISHED'"
-    found = client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
-    return Recorded.of(found[0]) if found else None
+    found = latest_evaluation(client.get_run(known_id(client, train_run_id)))
+    return Recorded.of(found) if found else None
+
+
+def latest_evaluation(trained: Run) -> Run | None:
+    """The latest finished evaluation of the checkpoint that a run trained."""
+    query = f"{EVALUATED} and tags.{TRAIN_RUN_TAG} = '{trained.info.run_id}'"
+    return next(search([trained.info.experiment_id], query), None)
+
+
+def latest_of_each(runs: Sequence[Run], *tags: str) -> list[Run]:
+    """Of runs, the latest first, that have the same ``tags`` the first one; in that order."""
+    found: dict[tuple[str, ...], Run] = {}
+    for run in runs:
+        found.setdefault(tuple(run.data.tags.get(tag, "") for tag in tags), run)
+    return list(found.values())
+
+
+def search(experiments: Sequence[str], query: str) -> Iterator[Run]:
+    """All runs that fit, the latest first."""
+    client, token = client_of(tracking_uri()), None
+    while True:
+        page = client.search_runs(
+            list(experiments), query, max_results=PAGE, order_by=["attributes.start_time DESC"], page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _get(run_id: str) -> Run:

@@ -47,6 +47,12 @@ def version_of(name: str, run_id: str) -> Version | None:
 
 
 @reaching_the_store()
+def model_status(model_id: str) -> str:
+    """READY, or what MLflow says of a logged model whose files are not all there."""
+    return str(client_of(tracking_uri()).get_logged_model(model_id).status)
+
+
+@reaching_the_store()
 def register_version(name: str, model_id: str, run_id: str) -> Version:
     """Make the model that a training logged the next version of a registered model."""
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS

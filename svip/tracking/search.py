@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svip.tracking.delivery import PARENT_TAG, TRAIN_RUN_TAG, known_id
+from svip.tracking.recorded import EVALUATED, Recorded, latest_evaluation, latest_of_each, search
 from svip.tracking.store import TrackingError, client_of, reaching_the_store, run_exists, shown_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-RESUMED = "resumed."
-"""How tags begin that hold what a resumed run has otherwise than its parameters say."""
-PAGE = 1000
 LISTED = 10
 """Runs or names that a message lists."""
 
 
-@dataclass(frozen=True)
-class TestedRun:
-    """An evaluation that is tracked."""
-
-    __test__ = False  # pytest, this is no test
-
-    run_id: str
-    name: str
-    experiment: str
-    started: datetime
-    status: str
-    tags: Mapping[str, str]
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-
-    @reaching_the_store()
-    def download(self, artifact: str, folder: Path) -> Path | None:
-        """A copy of one of the run's artifacts in ``folder``; None where it has no such one."""
-        client = client_of(tracking_uri())
-        if artifact not in {item.path for item in client.list_artifacts(self.run_id)}:
-            return None
-        return Path(client.download_artifacts(self.run_id, artifact, str(folder)))
-
-
 @reaching_the_store()
-def evaluations_of(references: Sequence[str]) -> list[TestedRun]:
+def evaluations_of(references: Sequence[str]) -> list[Recorded]:
     """The evaluations that runs stand for, each once, in that order.
 
     A reference is a run's id or the beginning of one, or its name. An evaluation stands for itself, a training for the
@@ -63,14 +35,14 @@ def evaluations_of(references: Sequence[str]) -> list[TestedRun]:
                 f"run {_shown(run)} has no finished evaluation, and so no T1, U, S, H; make one with `svip evaluate`"
             )
         found |= {evaluation.info.run_id: evaluation for evaluation in evaluations}
-    return [_read(run) for run in found.values()]
+    return [Recorded.of(run) for run in found.values()]
 
 
 @reaching_the_store()
-def search_evaluations(experiment: str, query: str = "") -> list[TestedRun]:
+def search_evaluations(experiment: str, query: str = "") -> list[Recorded]:
     """The finished evaluations of an experiment (``svip/cub``, or ``cub``), oldest first.
 
-    ``query``: in MLflow's language, such as ``tags.variant = 'full'``. TrackingError where there is no such
+    ``query``: in MLflow's language, such as ``tags.preset = 'smoke'``. TrackingError where there is no such
     experiment or none of its evaluations fits; it says what there is.
     """
     client = client_of(tracking_uri())
@@ -78,11 +50,11 @@ def search_evaluations(experiment: str, query: str = "") -> list[TestedRun]:
     name = next((name for name in (experiment, f"svip/{experiment}") if name in known), None)
     if name is None:
         raise TrackingError(f"{shown_uri()} has no experiment {experiment!r}; it has {_listed(sorted(known))}")
-    runs = list(_search([known[name]], _EVALUATED))
+    runs = list(search([known[name]], EVALUATED))
     if not runs:
         raise TrackingError(f"experiment {name} has no finished evaluation yet; make one with `svip evaluate`")
     with _explaining(query):
-        fitting = list(_search([known[name]], f"{_EVALUATED} and {query}")) if query else runs
+        fitting = list(search([known[name]], f"{EVALUATED} and {query}")) if query else runs
     if not fitting:
         variants = _listed(sorted({run.data.tags.get("variant", "-") for run in runs}))
         presets = _listed(sorted({run.data.tags.get("preset", "-") for run in runs}))
@@ -90,10 +62,7 @@ def search_evaluations(experiment: str, query: str = "") -> list[TestedRun]:
             f"none of the {len(runs)} evaluations of {name} fits {query!r}; their tags.variant: {variants}; "
             f"tags.preset: {presets}"
         )
-    return [_read(run) for run in reversed(fitting)]
-
-
-_EVALUATED = "tags.step = 'evaluate' and attributes.status = 'FINISHED'"
+    return [Recorded.of(run) for run in reversed(fitting)]
 
 
 def _the_run(reference: str) -> Run:
@@ -104,45 +73,33 @@ def _the_run(reference: str) -> Run:
         return client.get_run(reference)
     everywhere = [item.experiment_id for item in client.search_experiments()]
     quoted = reference.replace("'", "\\'")
-    runs = list(_search(everywhere, f"attributes.run_id LIKE '{reference}%'")) if is_hex and reference else []
-    runs = runs or [run for run in _search(everywhere, f"attributes.run_name = '{quoted}'")]
+    runs = list(search(everywhere, f"attributes.run_id LIKE '{reference}%'")) if is_hex and reference else []
+    runs = runs or [run for run in search(everywhere, f"attributes.run_name = '{quoted}'")]
     if len(runs) == 1:
         return runs[0]
     if runs:
         raise TrackingError(f"{reference!r} fits {len(runs)} runs; give one's id: {_listed(map(_shown, runs))}")
-    latest = [_shown(run) for _, run in zip(range(LISTED), _search(everywhere, ""), strict=False)]
+    latest = [_shown(run) for _, run in zip(range(LISTED), search(everywhere, ""), strict=False)]
     there = f"its latest runs: {', '.join(latest)}" if latest else "it has no runs"
     raise TrackingError(f"{shown_uri()} has no run with the id or name {reference!r}; {there}")
 
 
 def _evaluations_in(run: Run) -> list[Run]:
-    """Finished evaluations that a run is, has led to, or holds; of each checkpoint the latest."""
-    step, run_id, where = run.data.tags.get("step"), run.info.run_id, [run.info.experiment_id]
+    """Finished evaluations that a run is, has led to, or holds; of each checkpoint the latest. The oldest first."""
+    step = run.data.tags.get("step")
     if step == "evaluate":
         return [run] if run.info.status == "FINISHED" else []
     if step == "train":
-        return list(_search(where, f"{_EVALUATED} and tags.{TRAIN_RUN_TAG} = '{run_id}'"))[:1]
-    latest: dict[tuple[str, ...], Run] = {}
-    for child in _search(where, f"tags.`{PARENT_TAG}` = '{run_id}'"):  # the latest first
-        if child.data.tags.get("step") != "train":
-            for evaluation in _evaluations_in(child):
-                tags = evaluation.data.tags
-                parts = (PARENT_TAG, TRAIN_RUN_TAG, "variant", "seed")
-                latest.setdefault(tuple(tags.get(part, "") for part in parts), evaluation)
-    return list(reversed(latest.values()))
-
-
-def _search(experiments: Sequence[str], query: str) -> Iterator[Run]:
-    """All runs that fit, the latest first."""
-    client, token = client_of(tracking_uri()), None
-    while True:
-        page = client.search_runs(
-            list(experiments), query, max_results=PAGE, order_by=["attributes.start_time DESC"], page_token=token
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
+        latest = latest_evaluation(run)
+        return [latest] if latest else []
+    nested = search([run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{run.info.run_id}'")
+    found = [
+        evaluation
+        for child in nested
+        if child.data.tags.get("step") != "train"
+        for evaluation in reversed(_evaluations_in(child))
+    ]
+    return latest_of_each(found, PARENT_TAG, TRAIN_RUN_TAG, "variant", "seed")[::-1]
 
 
 @contextmanager
@@ -156,23 +113,8 @@ def _explaining(query: str) -> Iterator[None]:
             raise
         said = str(error).splitlines()[0]
         raise TrackingError(
-            f"filter {query!r}: {said}; expected such as tags.variant = 'full' and params.optim.lr = '1e-05'"
+            f"filter {query!r}: {said}; expected such as tags.preset = 'smoke' and params.optim.lr = '1e-05'"
         ) from None
-
-
-def _read(run: Run) -> TestedRun:
-    own = {key: value for key, value in run.data.tags.items() if not key.startswith(("mlflow.", RESUMED))}
-    later = {key.removeprefix(RESUMED): value for key, value in run.data.tags.items() if key.startswith(RESUMED)}
-    return TestedRun(
-        run.info.run_id,
-        run.info.run_name,
-        client_of(tracking_uri()).get_experiment(run.info.experiment_id).name,
-        datetime.fromtimestamp(run.info.start_time / 1000),
-        run.info.status,
-        own,
-        {**run.data.params, **later},
-        run.data.metrics,
-    )
 
 
 def _shown(run: Run) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -28,6 +27,7 @@ from svip.evaluation.inference import autocast, choose_device, predict
 from svip.evaluation.metrics import published_metrics, zero_shot_metrics
 from svip.models.svip import SVIP
 from svip.semantics.groups import attribute_groups
+from svip.semantics.vectors import vectors_sha256
 from svip.training import checkpoint, distributed
 from svip.training.optim import build_optimizer, rate_factor, set_rates
 from svip.training.probe import probe_heads
@@ -447,4 +447,4 @@ def check_resumable(config: Config, bundle: Bundle, words: NDArray[np.float32], 
 
 
 def _digests(bundle: Bundle, words: NDArray[np.float32]) -> tuple[str, str]:
-    return bundle.sha256, hashlib.sha256(words.tobytes()).hexdigest()
+    return bundle.sha256, vectors_sha256(words)

@@ -95,7 +95,7 @@ class Place:
 
     def forget(self) -> None:
         """Remove the folder of this machine, whatever the address holds."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)  # processes of this machine may have, at their end
 
     def _files(self) -> dict[str, tuple[int, int, int]]:
         """Name -> time of change, size and inode of what is there (temporary files begin with a dot)."""

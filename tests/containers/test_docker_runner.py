@@ -93,6 +93,7 @@ def test_the_whole_experiment_leaves_the_outputs_of_every_step(
     assert json.loads((out / "metrics.json").read_text())["protocols"]["validation"] == numbers
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
     assert {run.data.tags["git_sha"] for run in children} == {"0123abc"}, "the code of the image"
+    assert all(run.data.tags["image_digest"].startswith("sha256:") for run in children)
     assert {path.stat().st_uid for path in folder.rglob("*")} == {os.getuid()}
     assert not (out / "work").exists()
     assert not left_containers(docker_client)

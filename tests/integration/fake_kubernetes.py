@@ -59,6 +59,7 @@ class Cluster:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.runtimes = {"svip": RUNTIME}
         self.created: list[str] = []
+        self.secrets = {"svip-mlflow"}
         self.cut_log_after = 0
         """Lines after which the first connection to a log is cut; 0: it is not."""
         self._logs: dict[str, list[str]] = {}
@@ -151,6 +152,8 @@ def kubernetes(folder: Path, run: Node) -> Iterator[Cluster]:
                 self.answer(200, cluster.runtimes[name])
             elif kind == "trainjobs" and name in cluster.jobs:
                 self.answer(200, cluster.jobs[name])
+            elif path in {f"{CORE}/secrets/{secret}" for secret in cluster.secrets}:
+                self.answer(200, {"kind": "Secret", "apiVersion": "v1", "data": {}})
             elif path == f"{CORE}/pods":
                 selected = query["labelSelector"].partition("jobset-name=")[2].partition(",")[0]
                 self.answer(200, cluster.pods(selected))

@@ -24,7 +24,7 @@ from svip.cli import app
 from svip.config import flatten, from_yaml, load_config
 from svip.data.bundle import Bundle
 from svip.semantics.vectors import Embedding, write_embedding
-from svip.steps.reruns import RerunError, compare
+from svip.steps.reruns import RerunError, agreements, differences
 from svip.tracking import TrackingError
 
 KFP_RUN = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -74,6 +74,7 @@ def test_a_run_says_what_made_it(done: Experiment) -> None:
         "seed": "0",
         "protocol": "validation",
         "device": "cpu",
+        "processes": "1",
         "bundle": str(done.bundle.path),
         "bundle_sha256": done.bundle.sha256,
         "vectors_sha256": (done.checkpoint / "bundle.sha256").read_text().split()[1],
@@ -164,6 +165,24 @@ def test_a_pipeline_done_again_comes_to_the_same_numbers(
         steps.rerun(done.parent, "again")
 
 
+def test_an_interrupted_rerun_goes_on_with_what_it_keeps_below_SVIP_WORK(
+    done: Experiment, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVIP_WORK", str(tmp_path / "work"))
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("svip.steps.training.training_charts", stopped)  # when it has trained
+        with pytest.raises(KeyboardInterrupt):
+            steps.rerun(done.train, str(tmp_path / "again"))
+    monkeypatch.setattr("svip.training.loop.train_step", None)  # not one step again
+    result = steps.rerun(done.train, str(tmp_path / "again"), tolerance=0)
+    assert result["agrees"] and not list((tmp_path / "work").iterdir())
+    assert MlflowClient(store).get_run(result["rerun_id"]).info.status == "FINISHED"
+
+
 def test_a_training_done_again_with_other_words_or_data_is_refused(done: Experiment, tmp_path: Path) -> None:
     other = write_bundle(tmp_path / "bundle", IMAGE_ROLES, other_tests=True)
     words = write_vectors(tmp_path / "words", other, seed=2)
@@ -187,6 +206,9 @@ def test_a_dry_run_lists_what_differs_here_and_trains_nothing(
     result = steps.rerun(done.train, str(tmp_path / "out"), dry_run=True)
     assert ("git_sha", result["lineage"]["git_sha"], "other") in result["differences"]
     assert ("image_digest", "", "sha256:12") in result["differences"]
+    lineage = {**result["lineage"], "processes": "4"}
+    assert "processes" not in {what for what, _, _ in differences(lineage)}, "so many train on the processor"
+    assert ("processes", "4", "1") in differences({**lineage, "device": "cuda"}), "here is no GPU"
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +241,7 @@ def test_what_was_tested_can_be_registered_and_loaded_by_its_alias(done: Experim
 def test_numbers_are_compared_in_points_or_in_percent() -> None:
     recorded = {"val/H": {1: 40.0, 2: 50.0}, "train/loss": {1: 2.0}, "val/T1": {1: 1.0}, "test/U": {0: 5.0}}
     again = {"val/H": {1: 0.0, 2: 50.5}, "train/loss": {1: 2.011}, "val/T1": {1: 1.0}, "test/S": {0: 5.0}}
-    assert {line.name: line.verdict for line in compare(recorded, again, 0.5)} == {
+    assert {line.name: line.verdict for line in agreements(recorded, again, 0.5)} == {
         "val/H": "within",
         "train/loss": "differs",  # 0.55 % off
         "val/T1": "exact",
@@ -233,7 +255,7 @@ def test_runs_that_stand_for_no_training_are_refused(done: Experiment, store: st
         tracking.find_runs("0" * 32)
     empty = steps.open_run("experiment-1", "smoke")
     assert "kfp_run_id" not in MlflowClient(store).get_run(empty).data.tags, "a plain number is no Kubeflow run"
-    with pytest.raises(TrackingError, match="holds 0 trainings and 0 evaluations: expected one training"):
+    with pytest.raises(TrackingError, match="holds 0 finished trainings and 0 evaluations of them: expected one"):
         tracking.find_runs(empty)
     with (
         pytest.raises(KeyboardInterrupt),

@@ -146,10 +146,12 @@ def test_an_interrupted_sweep_goes_on_within_the_run_that_it_was_in(
     ablate(tmp_path / "whole")
     train = training_step.train_model
     epochs: list[tuple[str, int]] = []
+    ends: list[int] = []
 
     def recorded(config: Config, data: Bundle, words: Any, out: Path, report: Log, *rest: Any) -> dict[str, Any]:
-        def note(metrics: dict[str, float], epoch: int, phase: str) -> None:
-            report(metrics, epoch, phase)
+        def note(metrics: dict[str, float], epoch: int, phase: str, ended: int) -> None:
+            report(metrics, epoch, phase, ended)
+            ends.append(ended)
             epochs.append((f"{out.parts[-3]} {phase}", epoch))
             if epochs[-1] == ("baseline select", 1) and len(epochs) > 1:  # the second run, on the way
                 raise KeyboardInterrupt
@@ -163,11 +165,44 @@ def test_an_interrupted_sweep_goes_on_within_the_run_that_it_was_in(
     before = times(tmp_path / "out" / "full")
     assert "| 0 of 1 |" in (tmp_path / "out" / "ablation.md").read_text()
     epochs.clear()
+    last = ends[-1]
+    ends.clear()
     ablate(tmp_path / "out")
     assert times(tmp_path / "out" / "full") == before
-    assert epochs[0] == ("baseline select", 2), "neither the first run nor this one's first epoch again"
+    assert epochs[:2] == [("baseline select", 1), ("baseline select", 2)], "not the first run again"
+    assert ends[0] == last, "this one's first epoch is told again, and not trained again"
     for run in ("full/seed-0", "baseline/seed-0"):
         assert protocols(tmp_path / "out", run) == protocols(tmp_path / "whole", run)
+
+
+def test_what_a_sweep_keeps_below_SVIP_WORK_is_found_again(
+    ablate: Ablate, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVIP_WORK", str(tmp_path / "work"))
+    train = training_step.train_model
+    epochs: list[int] = []
+
+    def stopped(config: Config, data: Bundle, words: Any, out: Path, report: Log, *rest: Any) -> dict[str, Any]:
+        def note(metrics: dict[str, float], epoch: int, phase: str, ended: int) -> None:
+            report(metrics, epoch, phase, ended)
+            epochs.append(epoch)
+            if len(epochs) == 1:
+                raise KeyboardInterrupt
+
+        return train(config, data, words, out, note, *rest)
+
+    monkeypatch.setattr(training_step, "train_model", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(tmp_path / "out", variants=("full",))
+    assert not (tmp_path / "out/full/seed-0/checkpoint").exists()
+    first = [(tmp_path / "out" / folder / "run_id").read_text() for folder in ("", "full/seed-0")]
+    ablate(tmp_path / "out", variants=("full",))
+    assert epochs[1] == 2, "not the first epoch again"
+    client = MlflowClient(store)
+    trained = (tmp_path / "out/full/seed-0/checkpoint/run_id").read_text()
+    own = client.get_run(trained).data.tags["mlflow.parentRunId"]
+    assert [client.get_run(own).data.tags["mlflow.parentRunId"], own] == first
+    assert client.get_run(own).info.status == "FINISHED"
 
 
 def test_a_failed_run_stops_no_other_and_is_named_at_the_end(ablate: Ablate, tmp_path: Path) -> None:

@@ -78,6 +78,30 @@ def test_two_nodes_of_four_gpus_are_a_valid_job_that_holds_no_secret(monkeypatch
             assert env[key] == {"name": key, "valueFrom": {"secretKeyRef": reference}}
 
 
+def test_the_nodes_track_where_this_process_does_or_where_the_secret_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def address() -> dict[str, Any]:
+        env = trainjob.render(training(), 2, 1).to_dict()["spec"]["trainer"]["env"]
+        (entry,) = [entry for entry in env if entry["name"] == "MLFLOW_TRACKING_URI"]
+        return dict(entry)
+
+    monkeypatch.setenv("SVIP_OUTBOX", "/work/outbox")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.team:5000")
+    assert address()["value"] == "http://mlflow.team:5000"
+    assert {"name": "SVIP_OUTBOX", "value": "/work/outbox"} in [
+        entry.to_dict() for entry in trainjob.render(training(), 2, 1).spec.trainer.env
+    ]
+    for own in ("http://me:word@mlflow.team", "http://localhost:5000", f"sqlite:///{tmp_path}/mlflow.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+        assert address()["valueFrom"]["secretKeyRef"]["name"] == "svip-mlflow"
+        with kubernetes(tmp_path, speak) as cluster:
+            cluster.secrets.clear()
+            with pytest.raises(trainjob.TrainJobError, match="can't track at .*: make the Secret svip-mlflow in") as no:
+                trainjob.run(training(), 2, 1)
+            assert "word" not in str(no.value) and not cluster.created
+
+
 def test_cpu_asks_for_no_gpu_and_another_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = training(config=load_config("smoke", ["train.device=cpu"]))
     assert "resourcesPerNode" not in trainjob.render(on_cpu, 2, 4).to_dict()["spec"]["trainer"]

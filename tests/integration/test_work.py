@@ -121,6 +121,39 @@ def test_another_pod_goes_on_and_ends_with_the_same_model_bit_for_bit(
     assert train(inputs, tmp_path / "second", parent_run_id=PARENT) == result, "and run again, nothing is done"
 
 
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_a_training_that_was_handed_over_in_part_is_handed_over_again(
+    kind: str,
+    inputs: tuple[Bundle, Path],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    work = str(tmp_path / "work") if kind == "folder" else f"{request.getfixturevalue('bucket')}/work"
+    monkeypatch.setenv("SVIP_WORK", work)
+
+    def stopped(target: Path, *_: Any) -> None:
+        if target.name == "model.json":
+            raise Lost
+        target.touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("svip.training.work.write_atomically", stopped)
+        with pytest.raises(Lost):
+            train(inputs, tmp_path / "run")
+    assert files(tmp_path / "run") == files(whole) - {"model.json"}
+    monkeypatch.setattr("svip.training.loop.train_step", None)  # not one step again
+    train(inputs, tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_several_processes_may_train_into_a_bucket(inputs: tuple[Bundle, Path], whole: Path, bucket: str) -> None:
+    result = train(inputs, f"{bucket}/model", processes=2)
+    assert result["run_id"] and set(s3.names(f"{bucket}/model")) == files(whole)
+
+
 def test_out_may_be_a_bucket_and_holds_the_finished_model(
     inputs: tuple[Bundle, Path], whole: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,9 @@ from svip import steps
 from svip.cli import app
 from svip.config import flatten, load_config
 from svip.evaluation.intervals import Answers, bootstrap
-from svip.evaluation.run_comparison import REPLICATES, Entry, compare, groups_table, runs_table
+from svip.evaluation.run_comparison import Entry, compare, groups_table, runs_table
 from svip.steps.comparing import CompareError
-from svip.tracking import TrackingError, evaluations_of, open_run, open_tracker, search_evaluations
+from svip.tracking import TrackingError, evaluations_of, find_runs, open_run, open_tracker, search_evaluations
 
 LABELS = np.repeat(np.arange(4), 25)
 """Four classes, of which 2 and 3 are unseen, with 25 images each."""
@@ -142,13 +142,13 @@ def test_an_experiment_is_compared_with_intervals(experiment: tuple[str, list[st
         ("seed", best.entry.facts["seed"]),
     ]
     answers = Answers.of(scores(0.9, int(best.entry.facts["seed"])), LABELS, UNSEEN, 0.1)
-    assert best.intervals == bootstrap(answers, replicates=REPLICATES)
+    assert best.intervals == bootstrap(answers)
     assert best.difference is None
     for line in rest:
         other = Answers.of(
             scores(0.9 if line.differing["M"] == "4" else 0.6, int(line.differing["seed"])), LABELS, UNSEEN, 0.1
         )
-        assert line.difference == bootstrap(other, answers, REPLICATES)["H"]
+        assert line.difference == bootstrap(other, answers)["H"]
     assert [group.seeds for group in result.groups] == [("0", "1")] * 2
 
     page = (tmp_path / "comparison.html").read_text()
@@ -169,7 +169,7 @@ def test_a_filter_chooses_and_says_what_there_is(experiment: tuple[str, list[str
     assert [run.run_id for run in found] == runs[2:4]
     with pytest.raises(TrackingError, match="none of the 5 evaluations of svip/compared fits .*tags.variant: svip"):
         search_evaluations(name, "tags.variant = 'full'")
-    with pytest.raises(TrackingError, match="filter 'variant is full': Invalid .* such as tags.variant = 'full'"):
+    with pytest.raises(TrackingError, match="filter 'variant is full': Invalid .* such as tags.preset = 'smoke'"):
         search_evaluations(name, "variant is full")
     with pytest.raises(TrackingError, match=r"no experiment 'svip/none'; it has .*svip/compared"):
         search_evaluations("svip/none")
@@ -205,6 +205,26 @@ def test_a_run_around_evaluations_and_a_training_stand_for_them(tmp_path: Path, 
         with open_tracker(name, f"full:{seed}", parent_run_id=whole) as own:
             within.append(log_evaluation(tmp_path, name, [f"train.seed={seed}"], parent=own.run_id))
     assert [run.run_id for run in evaluations_of([whole])] == within
+
+
+def test_of_steps_that_were_tried_again_the_last_runs_count(tmp_path: Path, store: str) -> None:
+    name, tags = "svip/retried", {"step": "train", "preset": "smoke", "variant": "svip", "seed": "0"}
+    parent = open_run("experiment-2", name, {})
+    with pytest.raises(OSError), open_tracker(name, "train", tags=tags, parent_run_id=parent):
+        raise OSError("the pod was lost")
+    with open_tracker(name, "train", tags=tags, parent_run_id=parent) as lost:  # when it had trained
+        pass
+    log_evaluation(tmp_path, name, parent=parent, train=lost.run_id)
+    with open_tracker(name, "train", tags=tags, parent_run_id=parent) as trained:
+        pass
+    log_evaluation(tmp_path, name, parent=parent, train=trained.run_id)
+    latest = log_evaluation(tmp_path, name, parent=parent, train=trained.run_id)
+    found, evaluated = find_runs(parent)
+    assert evaluated and (found.run_id, evaluated.run_id) == (trained.run_id, latest)
+    with open_tracker(name, "train", tags={**tags, "seed": "1"}, parent_run_id=parent):
+        pass
+    with pytest.raises(TrackingError, match="holds 2 finished trainings and 2 evaluations of them"):
+        find_runs(parent)
 
 
 def test_the_command_prints_the_table_and_names_the_files(experiment: tuple[str, list[str]], tmp_path: Path) -> None:

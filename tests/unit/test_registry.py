@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
 from svip import steps, tracking
 from svip.config import load_config, to_yaml
@@ -32,17 +32,19 @@ def trained(
     skill: float,
     bundle: str = "b" * 64,
     protocol: str = "validation",
-    with_model: bool = True,
+    model_status: LoggedModelStatus | None = LoggedModelStatus.READY,
 ) -> str:
     """The run of a training, with an evaluation beside it; its id."""
     client = MlflowClient(store)
     with tracking.open_tracker("svip/registry", "train", tags={"step": "train"}) as train:
         (folder / "config.yaml").write_text(to_yaml(load_config("smoke")))
         train.log_artifact(folder / "config.yaml")
-    if with_model:
+    if model_status:
         experiment = client.get_run(train.run_id).info.experiment_id
         model = client.create_logged_model(experiment, "model", source_run_id=train.run_id)
         client.log_outputs(train.run_id, [LoggedModelOutput(model.model_id, 0)])
+        if model_status != LoggedModelStatus.PENDING:  # as which it begins
+            client.finalize_logged_model(model.model_id, model_status)
     tags = {"step": "evaluate", "train_run_id": train.run_id, "bundle_sha256": bundle, "protocol": protocol}
     with tracking.open_tracker("svip/registry", "evaluate", tags=tags) as evaluation:
         metrics = zero_shot_metrics(scores(skill), LABELS, UNSEEN, 0.1)
@@ -111,7 +113,10 @@ def test_what_can_not_be_registered_is_said(store: str, tmp_path: Path) -> None:
     with pytest.raises(RegisterError, match="has no finished evaluation; make one with `svip evaluate`"):
         steps.register(untested.run_id)
     with pytest.raises(RegisterError, match="logged no model; name the folder of its checkpoint instead"):
-        steps.register(trained(store, tmp_path, 1.0, with_model=False), "svip-modelless")
+        steps.register(trained(store, tmp_path, 1.0, model_status=None), "svip-modelless")
+    with pytest.raises(RegisterError, match="has a model that is not whole in MLflow .PENDING.; name the folder"):
+        steps.register(trained(store, tmp_path, 1.0, model_status=LoggedModelStatus.PENDING), "svip-modelless")
+    assert not MlflowClient(store).search_registered_models("name = 'svip-modelless'")
     MlflowClient(store).create_registered_model("svip-by-hand")
     by_hand = MlflowClient(store).create_model_version("svip-by-hand", str(tmp_path))
     MlflowClient(store).set_registered_model_alias("svip-by-hand", "champion", by_hand.version)
