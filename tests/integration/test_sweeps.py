@@ -180,12 +180,12 @@ def test_what_a_sweep_keeps_below_SVIP_WORK_is_found_again(
 ) -> None:
     monkeypatch.setenv("SVIP_WORK", str(tmp_path / "work"))
     train = training_step.train_model
-    epochs: list[int] = []
+    epochs: list[tuple[int, int]] = []
 
     def stopped(config: Config, data: Bundle, words: Any, out: Path, report: Log, *rest: Any) -> dict[str, Any]:
         def note(metrics: dict[str, float], epoch: int, phase: str, ended: int) -> None:
             report(metrics, epoch, phase, ended)
-            epochs.append(epoch)
+            epochs.append((epoch, ended))
             if len(epochs) == 1:
                 raise KeyboardInterrupt
 
@@ -197,7 +197,7 @@ def test_what_a_sweep_keeps_below_SVIP_WORK_is_found_again(
     assert not (tmp_path / "out/full/seed-0/checkpoint").exists()
     first = [(tmp_path / "out" / folder / "run_id").read_text() for folder in ("", "full/seed-0")]
     ablate(tmp_path / "out", variants=("full",))
-    assert epochs[1] == 2, "not the first epoch again"
+    assert epochs[1] == epochs[0] and epochs[2][0] == 2, "the first epoch is told again, and not trained again"
     client = MlflowClient(store)
     trained = (tmp_path / "out/full/seed-0/checkpoint/run_id").read_text()
     own = client.get_run(trained).data.tags["mlflow.parentRunId"]
