@@ -110,15 +110,25 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._handles_sigterm:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.sender is None:
             return
+        stopped: list[int] = []
+        if self._handles_sigterm:  # torchrun sends it to those that are left when one has failed: they may say so first
+            signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+        try:
+            self._end(error, self.sender)
+        finally:
+            if self._handles_sigterm:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if stopped and error is None:
+            sys.exit(128 + stopped[0])
+
+    def _end(self, error: BaseException | None, sender: Sender) -> None:
         status = _end_status(error)
         if status == "FAILED":
             self.set_tags({ERROR_TAG: shorten(f"{type(error).__name__}: {error}")})
         self.put("end", status=status, time=now())
-        self.sender.close(SHORT_FLUSH if status == "KILLED" else None)
+        sender.close(SHORT_FLUSH if status == "KILLED" else None)
 
 
 def open_tracker(

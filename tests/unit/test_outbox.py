@@ -236,12 +236,12 @@ def test_a_place_of_artifacts_that_cant_be_written_to_stops_nothing_else(
     metric(first, 1)
     first.append("model", checkpoint=str(tmp_path / "file"), name="model")
     first.append("end", status="FINISHED", time=outbox.now())
-    second = opened(Journal.create(folder, "local-beside", store), experiment="svip/unwritable")
+    second = opened(Journal.create(folder, "local-unwritten", store), experiment="svip/unwritable")
     for journal in (first, second):
         journal.close()
     assert [(result.sent, result.refused, result.problem) for result in sync(folder)] == [(3, 2, ""), (1, 0, "")]
     found = {run.data.tags["outbox_id"]: run.info for run in runs(store, "svip/unwritable")}
-    assert (found["local-unwritable"].status, found["local-beside"].status) == ("FINISHED", "KILLED")
+    assert (found["local-unwritable"].status, found["local-unwritten"].status) == ("FINISHED", "KILLED")
     assert history(store, found["local-unwritable"].run_id) == [(1, 1.0)]
     assert "goes without artifact" in caplog.text and "Not a directory" in caplog.text
 

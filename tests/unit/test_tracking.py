@@ -132,6 +132,30 @@ def test_sigterm_marks_the_run_killed(store: str, tmp_path: Path) -> None:
     assert read(store, run_id).info.status == "KILLED"
 
 
+def test_sigterm_at_the_end_of_a_failed_run_does_not_cut_it_off(tmp_path: Path) -> None:
+    code = (
+        "from svip.tracking import open_tracker, sender\n"
+        "sender.FLUSH = sender.SHORT_FLUSH = 3\n"
+        "with open_tracker('svip/cub', 'train') as tracker:\n"
+        "    print(flush=True); raise ValueError('the first error')"
+    )
+    nobody = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "SVIP_OUTBOX": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **nobody},
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the first error" in said and "`svip sync` sends them" in said
+    assert '"FAILED"' in next(tmp_path.glob("*.jsonl")).read_text()
+
+
 @pytest.mark.parametrize(
     ("status", "expected"), [("SUCCEEDED", "FINISHED"), ("FAILED", "FAILED"), ("CANCELLED", "KILLED")]
 )
