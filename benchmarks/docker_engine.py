@@ -41,7 +41,7 @@ def running_engine(folder: Path) -> Iterator[str]:
         yield host
         return
     if shutil.which("dockerd") is None or os.getuid() != 0:
-        pytest.skip(f"no Docker engine answers at {host}, and only root can start one (Debian: docker.io)")
+        pytest.skip(f"needs a Docker engine: none answers at {host}, and only root can start one (Debian: docker.io)")
     with own_engine(folder) as host:
         yield host
 
@@ -65,7 +65,7 @@ def own_engine(folder: Path) -> Iterator[str]:
                 break
             time.sleep(0.2)
         if not answers(host):
-            pytest.skip(f"dockerd can't run here: {log.read_text().splitlines()[-1:]}")
+            pytest.skip(f"needs a Docker engine: dockerd can't run here: {log.read_text().splitlines()[-1:]}")
         yield host
     finally:
         process.terminate()
@@ -88,9 +88,10 @@ def built_image(host: str, folder: Path) -> Iterator[str]:
     tag = "svip-test:cpu"
     context = folder / "context"
     copy_context(context)
-    settings = [f"IMAGE={tag}", "GIT_SHA=0123abc"]
+    settings, made_too = [f"IMAGE={tag}", "GIT_SHA=0123abc"], []
     if os.getuid() == 0 and shutil.which("debootstrap") and is_like_the_base():
         make_base(host, folder / "base")
+        made_too.append(STANDS_IN)
         make_wheels(folder / "wheels")
         arguments = f"--build-arg PYTHON_IMAGE={STANDS_IN} --build-arg PIP_NO_INDEX=1"
         settings += [f"WHEELS={folder / 'wheels'}", f"WHEELS_PORT={free_port()}", f"BUILD_ARGS={arguments}"]
@@ -103,8 +104,8 @@ def built_image(host: str, folder: Path) -> Iterator[str]:
         yield tag
     finally:
         with contextlib.closing(docker.DockerClient(host, timeout=600)) as client:
-            client.images.remove(tag, force=True)
-            client.images.prune()
+            for made in [tag, *made_too]:  # of an engine that is not ours nothing else
+                client.images.remove(made, force=True)
 
 
 def environment(host: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ RESULTS = {
     },
     "tuning": {
         **DATA,
+        "study": "plan-tuning/study",
         "tuning.html": "tuning-report/page",
         "best.yaml": "tuning-report/files/best.yaml",
         "trials.csv": "tuning-report/files/trials.csv",

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from pipelines.catalog import PIPELINES
-from pipelines.settings import Cluster, load_cluster
+from pipelines.settings import Cluster, SettingsError, load_cluster
 from svip.cli.shared import Overrides, Preset, console, example
 from svip.config import ConfigError, load_config
 
@@ -62,7 +62,7 @@ def compile_command(
     print(out)
 
 
-@app.command("submit", epilog=example("svip pipeline submit experiment -p paper/cub --wait"))
+@app.command("submit", epilog=example("svip pipeline submit experiment -p paper/cub --cluster cluster.yaml --wait"))
 def submit_command(
     name: Name,
     overrides: Overrides = None,
@@ -86,7 +86,13 @@ def submit_command(
     config = load_config(preset, changes)
     if preset.endswith((".yaml", ".yml")):
         raise ConfigError(f"preset {preset}: a cluster's steps don't see this file; give a shipped one and overrides")
-    settings = load_cluster(cluster) if cluster else Cluster(service_account=None)
+    settings = load_cluster(cluster) if cluster else Cluster()
+    if not settings.has_tracking():
+        raise SettingsError(
+            f"{cluster or 'no cluster file'}: the steps are told no MLflow server, so none would find another's runs; "
+            "give --cluster FILE with MLFLOW_TRACKING_URI in steps.default.env or steps.default.secrets, as "
+            "infra/cluster.yaml has it"
+        )
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{name}.yaml"
         own = {
@@ -98,7 +104,7 @@ def submit_command(
         }
         given = {key: value for key, value in own.items() if value}
         parameters = {"preset": preset, "overrides": changes, **given}
-        compile_pipeline(name, package, settings if cluster else None, parameters)
+        compile_pipeline(name, package, settings, parameters)
         server = _server(host or settings.host or "", namespace or settings.namespace, token, token_file)
         run_id = server.submit(
             package,

@@ -12,7 +12,7 @@ from kfp.compiler import Compiler
 from kfp.dsl.pipeline_context import Pipeline
 
 from pipelines.catalog import PipelineError, find_pipeline
-from pipelines.settings import TRAINING_STEPS, Cluster
+from pipelines.settings import Cluster
 
 RETRY_UNTIL = f"{30 * 24 * 3600}s"
 """A step is tried again until this long after its first start; kfp says an hour, less than many a training takes."""
@@ -59,14 +59,15 @@ def configure(task: dsl.PipelineTask, name: str, cluster: Cluster) -> None:
     except ImportError:
         raise PipelineError("what a cluster has is compiled by kfp-kubernetes: pip install 'svip[cluster]'") from None
     step = cluster.step(name)
+    pod = cluster.step("default") if cluster.watches(name) else step  # what it takes to run; its nodes have their own
     if cluster.image:
         task.set_container_image(cluster.image)
-    if step.cpu:
-        task.set_cpu_request(step.cpu)
-    if step.memory:
-        task.set_memory_request(step.memory).set_memory_limit(step.memory)
-    if step.gpus and not (name in TRAINING_STEPS and cluster.training.nodes > 1):  # the pods of its TrainJob have them
-        task.set_accelerator_type(step.gpu_type).set_accelerator_limit(step.gpus)
+    if pod.cpu:
+        task.set_cpu_request(pod.cpu)
+    if pod.memory:
+        task.set_memory_request(pod.memory).set_memory_limit(pod.memory)
+    if pod.gpus and not cluster.watches(name):
+        task.set_accelerator_type(pod.gpu_type).set_accelerator_limit(pod.gpus)
     if step.retries:
         task.set_retry(step.retries, f"{step.retry_pause}s", backoff_factor=2.0, backoff_max_duration=RETRY_UNTIL)
     if not step.cache:
@@ -79,12 +80,12 @@ def configure(task: dsl.PipelineTask, name: str, cluster: Cluster) -> None:
     for claim, folder in step.volumes.items():
         if folder:
             kubernetes.mount_pvc(task, claim, folder)
-    if step.shm:
-        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=step.shm)
-    for label, wanted in step.node_selector.items():
+    if pod.shm:
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=pod.shm)
+    for label, wanted in pod.node_selector.items():
         if wanted is not None:
             kubernetes.add_node_selector(task, label, wanted)
-    for taint in step.tolerations:
+    for taint in pod.tolerations:
         kubernetes.add_toleration(task, taint.key, taint.operator, taint.value, taint.effect, taint.seconds)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, cluster.image_pull_secrets)

@@ -23,6 +23,7 @@ from kfp.local import docker_task_handler
 
 from components import IMAGE
 from pipelines.catalog import PipelineError
+from pipelines.processes import directly
 from svip.config import Config
 from svip.data.sources import is_remote
 from svip.tracking import tracking_uri
@@ -38,6 +39,14 @@ GRACE = 10
 PASSED = ("AWS_", "HF_", "MLFLOW_", "SVIP_", "TQDM_", "OMP_", "NCCL_", "CUDA_", "PYTHONUNBUFFERED", "TZ")
 PASSED_IN_ANY_CASE = ("http_proxy", "https_proxy", "no_proxy")
 """Environment that containers inherit: names, or how they begin."""
+NAME_FILES = (
+    "AWS_CA_BUNDLE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+    "MLFLOW_TRACKING_SERVER_CERT_PATH",
+)
+"""Those of them that name a file which is read."""
 WRITES_NO_FILE = ("system.Metrics", "system.ClassificationMetrics", "system.SlicedClassificationMetrics")
 """Artifacts that are all metadata."""
 
@@ -45,8 +54,8 @@ WRITES_NO_FILE = ("system.Metrics", "system.ClassificationMetrics", "system.Slic
 class Containers:
     """The containers of one run: ``runner`` for kfp, and ``stop``."""
 
-    def __init__(self, config: Config, preset: str, out: Path) -> None:
-        """PipelineError where there is no engine, or no image."""
+    def __init__(self, config: Config, preset: str, out: Path, space: str = "") -> None:
+        """``space``: tuning's, by name or as a file. PipelineError where there is no engine, or no image."""
         self.id = uuid.uuid4().hex
         self._stopped = False
         try:
@@ -65,13 +74,13 @@ class Containers:
         self._client = client
         root = [config.data.root] if config.data.root and Path(config.data.root).is_dir() else []
         fetches = config.data.mirror is not None
-        writable = [str(Path.cwd()), str(out), *caches(), *sqlite_folder(), *(root if fetches else [])]
+        writable = [str(Path.cwd()), str(out), *caches(), *tracking_folders(), *(root if fetches else [])]
         self.runner = local.DockerRunner(
             user=f"{os.getuid()}:{os.getgid()}",
             working_dir=str(Path.cwd()),
             entrypoint=[""],  # kfp gives the whole command, and Docker takes it for arguments of the image's own
             environment={"SVIP_IMAGE_DIGEST": str(image.id), **passed_environment(os.environ)},
-            mounts=mounts(writable, [*sources(config, preset), *root]),
+            mounts=mounts(writable, [*sources(config, preset, space), *root]),
             network_mode="host",  # a tracking server of this machine is at 127.0.0.1 for the steps too
             shm_size=shared_memory(),
             init=True,  # what has process id 1 doesn't end on SIGTERM by itself
@@ -110,7 +119,7 @@ class Containers:
         if self._stopped:
             return 1
         try:
-            container = client.containers.create(image, command, volumes=volumes, **options)
+            container = client.containers.create(image, directly(command), volumes=volumes, **options)
             try:
                 container.start()
                 for line in lines(container):
@@ -153,13 +162,14 @@ def missing_outputs(command: Sequence[str]) -> list[str]:
     return [path for path in wanted if not Path(path).exists()]
 
 
-def sources(config: Config, preset: str) -> list[str]:
+def sources(config: Config, preset: str, space: str = "") -> list[str]:
     """Local files and folders that the steps read; of a table also its folder, from where photos' paths count."""
     data, semantics = config.data, config.semantics
     vectors = (semantics.vectors or "").partition("::")[0]  # FILE.zip::MEMBER
     tables = [str(Path(table).parent) for table in (data.images, data.attributes) if table]
     own = Path.home() / ".aws"  # profiles and credentials of boto3
-    named = [preset, data.mirror, vectors, semantics.phrases, config.model.weights, *tables, str(own)]
+    files = [os.environ.get(variable) for variable in NAME_FILES]
+    named = [preset, space, *files, data.mirror, vectors, semantics.phrases, config.model.weights, *tables, str(own)]
     return [path for path in named if path and not is_remote(path) and Path(path).exists()]
 
 
@@ -172,10 +182,13 @@ def caches() -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def sqlite_folder() -> list[str]:
-    """The folder of MLflow's SQLite file, and so of its artifacts; none where a server keeps them."""
-    uri = tracking_uri()
-    return [str(Path(uri.removeprefix("sqlite:///")).parent)] if uri.startswith("sqlite:///") else []
+def tracking_folders() -> list[str]:
+    """The folder of MLflow's SQLite file, and so of its artifacts, and SVIP_OUTBOX, made if need be; where given."""
+    uri, outbox = tracking_uri(), os.environ.get("SVIP_OUTBOX")
+    if outbox:
+        Path(outbox).mkdir(parents=True, exist_ok=True)
+    sqlite = [str(Path(uri.removeprefix("sqlite:///")).parent)] if uri.startswith("sqlite:///") else []
+    return [*sqlite, *([outbox] if outbox else [])]
 
 
 def mounts(writable: Sequence[str], readable: Sequence[str]) -> list[Mount]:

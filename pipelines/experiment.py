@@ -20,7 +20,7 @@ def experiment(
     overrides: List[str] = [],  # noqa: B006 (kfp wants the default here)
     continues: str = "",
 ):
-    """``preset`` and ``overrides`` as in ``svip.config.load_config``; ``continues``: the run that is resubmitted."""
+    """``preset`` and ``overrides`` as in ``svip.config.load_config``; ``continues``: the runs that it goes on with."""
     job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
     closing = close_run(pipeline="experiment", job=job).set_caching_options(False)
     with dsl.ExitHandler(closing, name="steps"):

@@ -12,12 +12,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.catalog import RESULTS, PipelineError, find_pipeline
 from pipelines.steplog import StepLog
 from svip.config import Config, load_config
 from svip.tracking import close_run, tracking_uri
+
+if TYPE_CHECKING:
+    from pipelines.containers import Containers
+    from pipelines.processes import Processes
 
 RUNNERS = ("subprocess", "docker")
 """Each step in a process of its own, or in a container of its own."""
@@ -41,15 +45,15 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
         raise PipelineError(f"unknown runner {runner!r}; there are: {', '.join(RUNNERS)}")
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    job = _job_to_continue(out, {"pipeline": name, "preset": preset, "overrides": overrides, **parameters})
+    jobs = jobs_to_continue(out, {"pipeline": name, "preset": preset, "overrides": overrides, **parameters})
     if "continues" in pipeline.component_spec.inputs:
-        parameters["continues"] = job
-    runs = out / "kfp"
+        parameters["continues"] = jobs
+    runs, space = out / "kfp", str(parameters.get("space", ""))
     before = set(runs.glob(f"{name}-*"))
     with _environment(out), (out / "pipeline.log").open("w", buffering=1) as file:
         log = StepLog(sys.stdout, file)
         try:
-            with _runner(runner, config, preset, out, runs), contextlib.redirect_stdout(log):
+            with _runner(runner, config, preset, out, runs, space), contextlib.redirect_stdout(log):
                 pipeline(preset=preset, overrides=overrides, **parameters)
         except KeyboardInterrupt:  # kfp runs no exit handler then
             for folder in set(runs.glob(f"{name}-*")) - before:
@@ -64,38 +68,43 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
     missing = [source for source in RESULTS[name].values() if not (folder / source).exists()]
     if missing:
         raise PipelineError(f"the pipeline left no {', '.join(missing)} in {folder}; see {out / 'pipeline.log'}")
+    if name == "tuning":
+        _keep_study(folder / RESULTS[name]["study"], out / "work")
     _publish(RESULTS[name], folder, out)
     shutil.rmtree(out / "work", ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path) -> Iterator[None]:
+def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path, space: str) -> Iterator[None]:
     """kfp.local set up for a runner. A signal that stops this process stops its steps, and is a KeyboardInterrupt."""
     from kfp import local
 
-    runs.mkdir(exist_ok=True)
+    steps: Processes | Containers
     if runner == "subprocess":
-        local.init(local.SubprocessRunner(use_venv=False), str(runs), workspace_root="")
-        with _stopping_with(_end_children):
-            yield
-        return
-    from pipelines.containers import Containers
+        from pipelines.processes import Processes
 
-    containers = Containers(config, preset, out)
-    local.init(containers.runner, str(runs), workspace_root="")
-    with containers.in_place_of_kfps(), _stopping_with(lambda number: containers.stop()):
+        steps = Processes()
+    else:
+        from pipelines.containers import Containers
+
+        steps = Containers(config, preset, out, space)
+    runs.mkdir(exist_ok=True)
+    local.init(steps.runner, str(runs), workspace_root="")
+    with steps.in_place_of_kfps(), _stopping_with(steps.stop):
         yield
 
 
 @contextlib.contextmanager
-def _stopping_with(stop: Callable[[int], None]) -> Iterator[None]:
+def _stopping_with(stop: Callable[[], None]) -> Iterator[None]:
     def handle(number: int, _: Any) -> None:
-        for stopping in before:
-            signal.signal(stopping, signal.SIG_IGN)  # once is enough
-        stop(number)
+        for stopping in before:  # once is enough; ignoring them would make what is started ignore them too
+            signal.signal(stopping, lambda number, _: None)
+        stop()
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, handle)
     try:
@@ -105,32 +114,28 @@ def _stopping_with(stop: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_children(number: int) -> None:
-    """Pass SIGTERM on to the steps that run; a terminal sends SIGINT to them by itself."""
-    if number == signal.SIGTERM:
-        for file in Path("/proc/self/task").glob("*/children"):
-            for child in file.read_text().split():
-                os.kill(int(child), number)
-
-
 def _how_to_go_on(out: Path) -> str:
     if any(path.is_dir() for path in (out / "work").iterdir()):
         return f"The same command goes on with the training, whose state is in {out / 'work'}."
     return "The same command starts it again."
 
 
-def _job_to_continue(out: Path, asked: Mapping[str, Any]) -> str:
-    """The job of the run before this one, if that did not succeed and was asked for the same; else nothing.
+def jobs_to_continue(out: Path, asked: Mapping[str, Any]) -> str:
+    """The jobs of the runs before this one, the last first, that did not succeed and were asked for the same.
 
-    Whatever ended that run, it left a note of what was asked for, and its log.
+    Whatever ended a run, it left a note of what was asked for and of the jobs before it, and the log, with its own.
     """
     note, log = out / "work" / "asked.json", out / "pipeline.log"
-    said = json.dumps(asked)
-    same = note.exists() and note.read_text() == said
+    asked, jobs = json.loads(json.dumps(asked)), []
+    before = json.loads(note.read_text()) if note.exists() else {}
+    if before.get("asked") == asked:
+        last = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if log.exists() else None
+        jobs = [*({last[1]} - set(before["jobs"]) if last else ()), *before["jobs"]]
     note.parent.mkdir(exist_ok=True)
-    note.write_text(said)
-    job = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if same and log.exists() else None
-    return job[1] if job else ""
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps({"asked": asked, "jobs": jobs}))
+    part.replace(note)
+    return " ".join(jobs)
 
 
 def _explain(log: StepLog, out: Path) -> str:
@@ -169,6 +174,13 @@ def _kill_run(folder: Path) -> None:
     result = folder / "open-run" / "executor_output.json"
     if result.exists():
         close_run(json.loads(result.read_text())["parameterValues"]["Output"], "KILLED")
+
+
+def _keep_study(study: Path, work: Path) -> None:
+    """Put what the workers shared beside the study's description, where ``svip tune --out`` looks for it."""
+    shared = work / "tuning" / json.loads((study / "study.json").read_text())["name"]
+    for path in shared.iterdir() if shared.exists() else ():
+        path.replace(study / path.name)
 
 
 def _publish(results: Mapping[str, str], folder: Path, out: Path) -> None:

@@ -147,7 +147,8 @@ class Server:
     def resubmit(self, run_id: str) -> str:
         """Start a failed run once more, with its pipeline and parameters; the new run's id.
 
-        A pipeline that has the parameter ``continues`` is told the run that it continues.
+        A pipeline that has the parameter ``continues`` is told the run that it continues, and those which that one
+        continued: it may have failed before it took up their MLflow run.
         """
         old = self._get(run_id)
         if old.state not in ("FAILED", "CANCELED"):
@@ -159,7 +160,7 @@ class Server:
             )
         parameters = dict(old.runtime_config.parameters or {}) if old.runtime_config else {}
         if "continues" in documents[0]["root"].get("inputDefinitions", {}).get("parameters", {}):
-            parameters["continues"] = run_id
+            parameters["continues"] = f"{run_id} {parameters.get('continues') or ''}".strip()
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "pipeline.yaml"
             package.write_text(yaml.safe_dump_all(documents))

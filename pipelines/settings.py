@@ -19,7 +19,7 @@ import components
 log = logging.getLogger(__name__)
 
 TRAINING_STEPS = ("train", "tune")
-"""Steps that read how to train from the environment."""
+"""Steps that read how to train from the environment. Of them ``train`` alone knows nodes."""
 WORK_STEPS = (*TRAINING_STEPS, "plan_tuning", "tuning_report")
 """Steps that find each other's files in ``training.work``."""
 CPU = r"\d+(\.\d+)?m?"
@@ -87,20 +87,32 @@ class Cluster:
         assert isinstance(step, Step)
         return step
 
+    def has_tracking(self) -> bool:
+        """Whether the steps are told an MLflow server; without one each pod would keep its runs to itself."""
+        default, name = self.step("default"), "MLFLOW_TRACKING_URI"
+        return bool(default.env.get(name)) or any(name in (keys or []) for keys in default.secrets.values())
+
+    def watches(self, name: str) -> bool:
+        """Whether the pod of this component only watches a TrainJob, whose nodes get what stands under its name."""
+        return name == "train" and self.training.nodes > 1
+
     def environment(self, name: str) -> dict[str, str]:
         """Variables of a component's pod, those that ``training`` comes to among them."""
         step, ours = self.step(name), {}
         if name in WORK_STEPS and self.training.work:
             ours["SVIP_WORK"] = self.training.work
         if name in TRAINING_STEPS:
+            ours["SVIP_PROCESSES"] = str(self.training.processes or step.gpus or 1)
+        if name == "train":
             ours |= {
                 "SVIP_NODES": str(self.training.nodes),
-                "SVIP_PROCESSES": str(self.training.processes or step.gpus or 1),
                 "SVIP_GPU_TYPE": step.gpu_type,
                 "SVIP_IMAGE": self.image or components.IMAGE,
                 "SVIP_TRAINING_RUNTIME": self.training.runtime,
                 "SVIP_NAMESPACE": self.namespace,
             }
+        if self.watches(name):
+            ours |= {"SVIP_NODE_CPU": step.cpu or "", "SVIP_NODE_MEMORY": step.memory or ""}
         return {**ours, **{key: value for key, value in step.env.items() if value is not None}}
 
 

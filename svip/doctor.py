@@ -24,6 +24,8 @@ from svip.tracking.store import without_password
 PATIENCE = 3.0
 """Seconds that a service has to answer."""
 GIB = 1 << 30
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where Linux tells a container its limits."""
 SHOWN = ("torch", "torchvision", "timm", "mlflow", "kfp", "optuna")
 """Packages whose versions are told even where they are as they should be."""
 
@@ -62,10 +64,13 @@ def software() -> list[Finding]:
     from packaging.requirements import Requirement
 
     group = "software"
-    found = [
-        Finding(group, "Python", "ok", platform.python_version()),
-        Finding(group, "svip", "ok", f"{version('svip')}, commit {git_sha()[:12]}"),
-    ]
+    python = Finding(group, "Python", "ok", platform.python_version())
+    commit = f"commit {git_sha()[:12]}"
+    try:
+        found = [python, Finding(group, "svip", "ok", f"{version('svip')}, {commit}")]
+    except PackageNotFoundError:  # it runs from its folder
+        fix = "make setup, or pip install -e . where svip is; so it isn't known which packages it needs"
+        return [python, Finding(group, "svip", "warning", f"not installed, {commit}", fix)]
     for needed in map(Requirement, requires("svip") or []):
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
             continue
@@ -109,9 +114,9 @@ def machine() -> list[Finding]:
     group = "machine"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
-        memory = min(memory, int(text))
+    for limit in (CGROUPS / "memory.max", CGROUPS / "memory" / "memory.limit_in_bytes"):  # cgroup v2, v1
+        if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+            memory = min(memory, int(text))  # v1 without a limit tells one beyond any memory
     few = memory < 4 * GIB
     found = [
         Finding(group, "cores", "ok", str(cores)),
@@ -157,7 +162,7 @@ def _writable(name: str, folder: Path, fix: str) -> Finding:
 def tracking_store() -> list[Finding]:
     """Whether MLflow's store can be reached; it is not asked for anything."""
     uri = tracking_uri()
-    scheme = urlsplit(uri).scheme
+    scheme = uri.partition(":")[0].lower()
     if scheme in ("http", "https"):
         trouble, fix = _http_trouble(uri), "is the server up, and MLFLOW_TRACKING_URI its address?"
         if "401" in trouble or "403" in trouble:
@@ -221,7 +226,7 @@ def _database_trouble(uri: str) -> str:
     try:
         options = {"connect_timeout": int(PATIENCE)} if uri.startswith("postgresql") else {}
         sqlalchemy.create_engine(uri, connect_args=options).connect().close()
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:  # ValueError: a port that is no number
         return without_password(str(error).strip().splitlines()[0])
     return ""
 
@@ -254,8 +259,8 @@ def object_store(bucket: str = "") -> list[Finding]:
 
 def _connection_trouble(address: str) -> str:
     """Why no connection to the host of a http(s):// address can be made, or nothing."""
-    parts = urlsplit(address)
     try:
+        parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             return "not a http:// or https:// address"
         port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -181,11 +181,6 @@ def render(
         del plain["SVIP_GIT_SHA"]
     env = [models.IoK8sApiCoreV1EnvVar(name=name, value=value) for name, value in sorted(plain.items())]
     env += [_secret(secret, key) for secret, keys in SECRETS.items() for key in keys]
-    resources = None
-    if training.config.train.device != "cpu":
-        gpu = os.environ.get("SVIP_GPU_TYPE") or "nvidia.com/gpu"
-        gpus = {gpu: models.IoK8sApimachineryPkgApiResourceQuantity(processes)}
-        resources = models.IoK8sApiCoreV1ResourceRequirements(requests=gpus, limits=gpus)
     of = "\n".join([training.place, *training.arguments])
     name = f"svip-train-{hashlib.sha256(of.encode()).hexdigest()[:12]}"
     return models.TrainerV1alpha1TrainJob(
@@ -203,10 +198,30 @@ def render(
                 numNodes=nodes,
                 numProcPerNode=processes,
                 env=env,
-                resourcesPerNode=resources,
+                resourcesPerNode=_resources(training, processes),
             ),
         ),
     )
+
+
+def _resources(training: Training, processes: int) -> Any:
+    """What a node asks for; None leaves it to the runtime, all of whose resources this replaces, whatever it names."""
+    from kubeflow_trainer_api import models
+
+    cpu, memory = os.environ.get("SVIP_NODE_CPU"), os.environ.get("SVIP_NODE_MEMORY")
+    requests: dict[str, int | str] = {"cpu": cpu} if cpu else {}
+    limits: dict[str, int | str] = {"memory": memory} if memory else {}
+    gpu = os.environ.get("SVIP_GPU_TYPE") or "nvidia.com/gpu"
+    if training.config.train.device != "cpu":
+        limits[gpu] = processes
+    requests |= limits
+    if gpu not in limits or not gpu.startswith("nvidia.com/"):  # the SDK can't read limits without a device it knows
+        limits = limits | {"cpu": cpu} if cpu else {key: value for key, value in limits.items() if key == gpu}
+    if not requests:
+        return None
+    quantity = models.IoK8sApimachineryPkgApiResourceQuantity
+    asked = [{key: quantity(value) for key, value in part.items()} for part in (requests, limits)]
+    return models.IoK8sApiCoreV1ResourceRequirements(requests=asked[0], limits=asked[1] or None)
 
 
 def _secret(secret: str, key: str) -> Any:

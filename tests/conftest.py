@@ -6,9 +6,9 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import docker
 import pytest
@@ -18,6 +18,8 @@ from docker import DockerClient
 from benchmarks.docker_engine import built_image, running_engine
 from benchmarks.postgres import find_postgres, postgres_server
 from benchmarks.s3server import find_weed, s3_server
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -34,6 +36,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "containers" if "/containers/" in file else file
 
     return ByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return required((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return required((yield))
+
+
+def required(report: Report) -> Report:
+    """With SVIP_REQUIRE set, a test that skips because it "needs" something fails: a program, a package, a right."""
+    if report.skipped and isinstance(report.longrepr, tuple) and os.environ.get("SVIP_REQUIRE"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason.startswith("needs "):
+            report.outcome, report.longrepr = "failed", f"{reason} (SVIP_REQUIRE is set)"
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

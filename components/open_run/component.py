@@ -9,7 +9,9 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def open_run(pipeline: str, job: str, preset: str, overrides: List[str], continues: str = "") -> str:
-    """Start the parent run, named after the pipeline and its job, or open that of the job that it continues; its id."""
+    """Start the parent run, tagged with the pipeline and its job, or open that of a job it continues; its id."""
     from svip import steps
 
-    return steps.open_run(f"{pipeline}-{job}", preset, overrides, continues and f"{pipeline}-{continues}")
+    return steps.open_run(
+        f"{pipeline}-{job}", preset, overrides, " ".join(f"{pipeline}-{one}" for one in continues.split())
+    )

@@ -11,6 +11,9 @@ from rich.table import Table
 
 from svip.cli.shared import app, console, example, numbers_table
 
+HEADLINES = tuple(f"{part}/{name}" for part in ("val", "test") for name in ("T1", "U", "S", "H"))
+"""Numbers that are shown even where they agree exactly; ``rerun.json`` has all."""
+
 
 @app.command(epilog=example("svip rerun 0123456789abcdef0123456789abcdef --out again"))
 def rerun(
@@ -48,14 +51,16 @@ def rerun(
     print_differences(result["differences"])
     if dry_run:
         return
+    lines = result["metrics"]
     table = numbers_table(["number"], ["recorded", "rerun"])
     table.add_column("")
-    for line in result["metrics"]:
-        values = ["-" if line[key] is None else f"{line[key]:.6g}" for key in ("recorded", "rerun")]
-        table.add_row(escape(line["name"]), *values, line["verdict"])
+    for line in lines:
+        if line["name"] in HEADLINES or line["verdict"] != "exact":
+            values = ["-" if line[key] is None else f"{line[key]:.6g}" for key in ("recorded", "rerun")]
+            table.add_row(escape(line["name"]), *values, line["verdict"])
     console.print(table)
-    exact = sum(line["verdict"] == "exact" for line in result["metrics"])
-    print(f"{exact} of {len(result['metrics'])} numbers agree exactly, at every step; MLflow run {result['rerun_id']}")
+    exact = sum(line["verdict"] == "exact" for line in lines)
+    print(f"{exact} of {len(lines)} numbers agree exactly, at every step; MLflow run {result['rerun_id']}")
     if not result["agrees"]:
         print("the run was not reproduced")
         raise typer.Exit(1)

@@ -8,8 +8,6 @@ import typer
 
 from svip.cli.shared import Out, Overrides, Parent, Preset, app, example
 
-PORT = 8080
-
 
 @app.command(epilog=example("svip tune --bundle bundle --vectors words -o tuning --trials 40"))
 def tune(
@@ -44,6 +42,7 @@ def tune(
     name: Annotated[str, typer.Option(help="Name of the study.", show_default="that of OUT, or a new one")] = "",
     parent_run_id: Parent = "",
     dashboard: Annotated[bool, typer.Option("--dashboard", help="Show the study of --out instead.")] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where --dashboard is served.")] = 8081,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -51,7 +50,7 @@ def tune(
     from svip import steps
 
     if dashboard:
-        steps.tuning_dashboard(str(out), storage, PORT)
+        steps.tuning_dashboard(str(out), storage, port)
         return
     for option, value in (("--bundle", bundle), ("--vectors", vectors)):
         if not value:

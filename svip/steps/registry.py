@@ -89,7 +89,7 @@ def register(run: str, name: str = "") -> Registration:
         "bundle_sha256": challenger.bundle_sha256,
         tracking.EVALUATION_TAG: challenger.run_id,
     }
-    against = f" (H {difference} than version {champion.number})" if champion and difference else ""
+    against = f": {difference} points of H to version {champion.number}" if champion and difference else ""
     tracking.describe(version, tags, f"{alias}: {reason}{against}")
     return Registration(
         name,

@@ -23,7 +23,8 @@ KFP_RUN_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 def open_run(pipeline: str, preset: str, overrides: Sequence[str] = (), continues: str = "") -> str:
     """Check the configuration, start the MLflow run that all steps belong to, and return its id.
 
-    ``continues``: the pipeline whose run is opened again instead, if it got as far as having one.
+    ``continues``: pipelines (with blanks between) of which the first that got as far as having a run has it opened
+    again instead.
     """
     config = load_config(preset, overrides)
     job = re.search(rf"-({KFP_RUN_ID})$", pipeline)

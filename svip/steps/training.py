@@ -71,7 +71,8 @@ def train(
                 trainjob.run(trainjob.Training(bundle, vectors, place.address, rest, config), nodes, processes)
             else:
                 files = [f"--bundle={bundle}", f"--vectors={vectors}", f"--out={place.address}"]
-                launch(["train", *files, *rest], processes)
+                # where training is kept is what --out says by now
+                launch(["train", *files, *rest], processes, {"SVIP_WORK": ""})
         else:
             _train(config, bundle, vectors, place, preset, parent_run_id, run, log_model)
         return distributed.on_main(lambda: _result(place, out, elsewhere=address != out))

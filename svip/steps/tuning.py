@@ -25,7 +25,7 @@ from svip.tuning.launch import run_workers
 from svip.tuning.objective import check_objective
 from svip.tuning.report import best_trial, write_report
 from svip.tuning.space import Parameter, Space, assignments, load_space, own_values
-from svip.tuning.storage import STORAGE, TuningError, hide_password, storage_address
+from svip.tuning.storage import STORAGE, TuningError, storage_address
 from svip.tuning.study import PRUNERS, SAMPLERS, Settings, Study, create_study, open_study
 from svip.tuning.worker import Worker
 
@@ -82,7 +82,11 @@ def tune(
                 log.info("stopped: %d of %d trials are done; the same command goes on", len(study.ended_well()), trials)
                 raise
             finally:
-                _report(study, directory, directory, tracker)
+                metrics, files, tags = _report(study, directory, directory)
+                tracker.log_metrics(metrics)
+                tracker.set_tags(tags)
+                for file in files:
+                    tracker.log_artifact(file)
     return _result(study, directory)
 
 
@@ -110,6 +114,11 @@ def plan_tuning(
             "workers in other pods need a database: set SVIP_TUNING_STORAGE to its postgresql:// address (on a cluster "
             "it is in the Secret svip-tuning)"
         )
+    if "://" in os.environ.get("SVIP_WORK", ""):
+        log.warning(
+            "SVIP_WORK=%s is no folder, and tuning keeps checkpoints in none else: a lost worker's trial begins anew",
+            os.environ["SVIP_WORK"],
+        )
     options: dict[str, Any] = {"overrides": overrides, "name": name, "heartbeat": heartbeat}
     _, study = _plan(bundle, vectors, Path(out), preset, space, trials, address, shared=True, **options)
     study.set_run_id(parent_run_id)
@@ -130,11 +139,10 @@ def tune_worker(
     if processes == 1:
         with distributed.joined():
             return _work(bundle, vectors, folder, config, max_errors, storage)
-    opened, _ = _open(folder, storage)
+    opened, work = _open(folder, storage)
     before = len(opened.ended_well())
-    os.environ[STORAGE] = storage_address(storage, _open(folder, storage)[1])  # it may hold a password
     files = [f"--bundle={bundle}", f"--vectors={vectors}", f"--out={study}", f"--max-errors={max_errors}"]
-    launch(["tune", "--worker", *files], processes)
+    launch(["tune", "--worker", *files], processes, {STORAGE: storage_address(storage, work)})  # it may hold a password
     return len(opened.ended_well()) - before
 
 
@@ -157,14 +165,14 @@ def tuning_report(study: str, out: str, parent_run_id: str = "") -> dict[str, An
         raise TuningError(
             f"study {opened.name}: {len(opened.ended_well())} of {opened.trials} trials have ended; run more workers"
         )
-    files = _report(opened, Path(study), Path(out))
+    told = _report(opened, Path(study), Path(out))
     result = _result(opened, Path(out))
     if parent_run_id:
-        tracking.log_to_run(parent_run_id, {"best/val/H": result["H"]}, files)
+        tracking.log_to_run(parent_run_id, *told)
     return result
 
 
-def tuning_dashboard(study: str, storage: str = "", port: int = 8080) -> None:
+def tuning_dashboard(study: str, storage: str, port: int) -> None:
     """Serve optuna-dashboard for the study of that folder on this machine, until it is interrupted."""
     opened, _ = _open(Path(study), storage)
     show_dashboard(opened, port)
@@ -206,26 +214,49 @@ def _plan(
         pruner=pruner,
         seed=seed,
     )
-    kept = hide_password(address) if "://" in address else "study.journal"
-    record: dict[str, Any] = {"name": name or f"{config.data.dataset}-{secrets.token_hex(4)}", "storage": kept}
-    if (out / "study.json").exists():
+    kept = tracking.without_password(address) if "://" in address else "study.journal"
+    record: dict[str, Any] = {
+        "name": name or f"{config.data.dataset}-{secrets.token_hex(4)}",
+        "storage": kept,
+        "shared": shared,
+    }
+    record |= {"preset": preset, "heartbeat": heartbeat, "space": settings.space}
+    out.mkdir(parents=True, exist_ok=True)
+    begun = _begin(out / "study.json", record)
+    if not begun:
         before, _ = _read(out)
         if name and name != before["name"]:
             raise TuningError(f"{out} holds study {before['name']}, not {name}; use another --out")
         if before["storage"] != kept:
             raise TuningError(f"study {before['name']} of {out} is kept in {before['storage']}; give that as --storage")
         record["name"] = before["name"]
-    out.mkdir(parents=True, exist_ok=True)
     home = _shared(record["name"], out) if shared else out
-    study = create_study(record["name"], address, home, settings, trials, heartbeat)
+    try:
+        study = create_study(record["name"], address, home, settings, trials, heartbeat)
+    except BaseException:
+        if begun:
+            (out / "study.json").unlink()
+        raise
     write_config(out, config)
-    record |= {"shared": shared, "preset": preset, "heartbeat": heartbeat, "space": settings.space}
     write_json(out / "study.json", record)
     first = own_values(parameters, config)
     if first is None:
         log.info("the preset's own values lie outside of the search space, so no trial tries them")
     study.fill(first)
     return config, study
+
+
+def _begin(path: Path, record: dict[str, Any]) -> bool:
+    """Write study.json; False where there is one, be it of another machine that begins at the same time."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.link(part, path)  # whole or not at all, and never over another
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink(missing_ok=True)
+    return True
 
 
 def _open(folder: Path, storage: str = "") -> tuple[Study, Path]:
@@ -253,17 +284,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], Space]:
     return record, tuple(Parameter(**row) for row in rows)
 
 
-def _report(study: Study, folder: Path, out: Path, tracker: tracking.Tracker | None = None) -> list[Path]:
+def _report(study: Study, folder: Path, out: Path) -> tuple[dict[str, float], list[Path], dict[str, str]]:
+    """Write what the study has found so far; the metrics, files and tags that its MLflow run gets."""
     record, space = _read(folder)
     files = write_report(study, space, record["preset"], folder / "config.yaml", out)
     best = best_trial(study)
-    if tracker is not None:
-        for file in files:
-            tracker.log_artifact(file)
-        if best is not None:
-            tracker.log_metrics({"best/val/H": float(best.value or 0)})
-            tracker.set_tags({"best.trial": str(best.number), "best.overrides": " ".join(assignments(best.params))})
-    return files
+    if best is None:
+        return {}, files, {}
+    tags = {"best.trial": str(best.number), "best.overrides": " ".join(assignments(best.params))}
+    return {"best/val/H": float(best.value or 0)}, files, tags
 
 
 def _result(study: Study, out: Path) -> dict[str, Any]:

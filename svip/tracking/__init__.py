@@ -25,7 +25,7 @@ from svip.tracking.registry import (
 )
 from svip.tracking.runs import DESCRIPTION, Tracker, log_to_run, open_tracker, runs_of_their_own
 from svip.tracking.search import evaluations_of, search_evaluations
-from svip.tracking.store import TrackingError, shown_uri, tracking_uri
+from svip.tracking.store import TrackingError, shown_uri, tracking_uri, without_password
 from svip.tracking.sync import sync
 from svip.tracking.system import system_metrics
 
@@ -73,4 +73,5 @@ __all__ = [
     "system_metrics",
     "tracking_uri",
     "version_of",
+    "without_password",
 ]

@@ -38,9 +38,9 @@ def open_run(
 ) -> str:
     """Start the parent run of a pipeline; the id of the run, which stays RUNNING until close_run.
 
-    ``pipeline`` is its only name of that kind, by which close_run finds it; people read ``name``. Where the pipeline
-    ``continues`` one that has a run, that run is opened again. It is a local id
-    where the server doesn't answer: the steps may use it like any other.
+    ``pipeline`` is its only name of that kind, by which close_run finds it; people read ``name``. ``continues``: names
+    of pipelines, with blanks between; the run of the first that has one is opened again. It is a local id where the
+    server doesn't answer: the steps may use it like any other.
     """
     tags = {**with_code_tags(tags), PIPELINE_TAG: pipeline}
     earlier = _run_of(continues) if continues else ""
@@ -53,13 +53,15 @@ def open_run(
     return tracker.run_id
 
 
-def _run_of(pipeline: str) -> str:
-    """The id of a pipeline's run; empty where there is none, or the server doesn't answer."""
+def _run_of(pipelines: str) -> str:
+    """The id of the run of the first pipeline that has one; empty where none has, or the server doesn't answer."""
     try:
         with reaching_the_store():
-            return next(iter(runs_with_tag(client_of(tracking_uri()), PIPELINE_TAG, pipeline)), "")
+            client = client_of(tracking_uri())
+            found = (runs_with_tag(client, PIPELINE_TAG, pipeline) for pipeline in pipelines.split())
+            return next((run for runs in found for run in runs), "")
     except TrackingError as error:
-        log.warning("the run of %s can't be looked for, so a new one is opened: %s", pipeline, error)
+        log.warning("the run of %s can't be looked for, so a new one is opened: %s", pipelines, error)
         return ""
 
 

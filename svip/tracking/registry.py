@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,11 +55,17 @@ def model_status(model_id: str) -> str:
 @reaching_the_store()
 def register_version(name: str, model_id: str, run_id: str) -> Version:
     """Make the model that a training logged the next version of a registered model."""
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
     client = client_of(tracking_uri())
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    source = client.get_logged_model(model_id).artifact_location
-    return _version(client.create_model_version(name, source, run_id, model_id=model_id))
+    version = _version(client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id))
+    # so that the model's own page knows of its versions, as after mlflow.register_model
+    versions = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    versions.append({"name": name, "version": version.number})
+    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})
+    return version
 
 
 @reaching_the_store()

@@ -29,9 +29,6 @@ LONGEST_VALUE = 6000
 BATCH = 100
 """Parameters that MLflow takes in one request."""
 
-OF_MODELS = {"mlflow.experimentKind": "custom_model_development"}
-"""Tag of an experiment whose page is to begin with its runs; MLflow would guess otherwise."""
-
 
 class TrackingError(RuntimeError):
     """A run or status that MLflow doesn't have; the message says where it was looked for."""
@@ -48,6 +45,7 @@ def shown_uri() -> str:
 
 
 def without_password(text: str) -> str:
+    """The text with *** for the passwords of the addresses in it."""
     text = re.sub(r"//([^/:@\s]*):\S*@", r"//\1:***@", text)
     return re.sub(r"((?:password|token|secret)=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
 
@@ -126,9 +124,8 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         return str(found.experiment_id)
     # Beside the SQLite file, whatever folder a process runs in; a server knows its own place.
     folder = Path(client.tracking_uri.removeprefix("sqlite:///")).absolute().parent / "mlruns" / name
-    place = str(folder) if client.tracking_uri.startswith("sqlite:///") else None
     try:
-        return client.create_experiment(name, place, OF_MODELS)
+        return client.create_experiment(name, str(folder) if client.tracking_uri.startswith("sqlite:///") else None)
     except MlflowException:
         found = client.get_experiment_by_name(name)  # a process beside this one may have been faster
         if found is None:

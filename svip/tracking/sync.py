@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from svip.tracking import sender
 from svip.tracking.delivery import Delivery
 from svip.tracking.outbox import Busy, Journal, journals
 from svip.tracking.store import TrackingError, client_of, first_line, is_away, reason, tracking_uri, without_password
+
+ATTEMPTS = 3
+"""Failures in a row after which a server counts as away."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,11 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
         problem = f"the password of {uri} isn't kept; set MLFLOW_TRACKING_URI to it"
     if not problem:
         try:
-            delivery = Delivery(client_of(uri), journal, new=False)
-            while delivery.step() or _end(journal):
-                pass
-            refused = delivery.refused
+            refused = _deliver(journal, uri)
         except Exception as error:  # the others may go
-            away = is_away(error)
-            problem = (
-                f"MLflow at {without_password(uri)} does not answer ({reason(error)})" if away else first_line(error)
-            )
-            if away:
-                silent[uri] = problem
+            problem = first_line(error)
+            if is_away(error):
+                problem = silent[uri] = f"MLflow at {without_password(uri)} does not answer ({reason(error)})"
     left, run_id = len(journal.pending()), journal.run_id or journal.id
     if problem:
         journal.sync()
@@ -76,6 +75,22 @@ def _send(journal: Journal, uri: str, silent: dict[str, str]) -> Synced:
     else:
         journal.remove()
     return Synced(run_id, without_password(uri), max(before - left, 0) - refused, left, refused, problem)
+
+
+def _deliver(journal: Journal, uri: str) -> int:
+    """Send all of it; how many records were refused. Raises what was wrong, silence after ATTEMPTS in a row."""
+    delivery = Delivery(client_of(uri), journal, new=False)
+    failures = 0
+    while True:
+        try:
+            while delivery.step() or _end(journal):
+                failures = 0
+            return delivery.refused
+        except Exception as error:
+            failures += 1  # one connection that was just closed is no silent server
+            if failures == ATTEMPTS or not is_away(error):
+                raise
+            time.sleep(failures * sender.PAUSES[0])
 
 
 def _end(journal: Journal) -> bool:

@@ -62,6 +62,7 @@ def _sample(tracker: Tracker, monitors: list[BaseMetricsMonitor], over: threadin
     step, ended = 0, False
     while not ended:
         ended = over.wait(interval)
+        step += 1  # from 1: those of step 0 MLflow takes for results of the model that is logged
         try:
             sample: dict[str, float] = {}
             for monitor in monitors:
@@ -72,4 +73,3 @@ def _sample(tracker: Tracker, monitors: list[BaseMetricsMonitor], over: threadin
         except Exception as error:  # of psutil, NVML and MLflow: nothing of them may end a training
             log.warning("no system metrics from here on: %s", error)
             return
-        step += 1

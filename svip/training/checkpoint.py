@@ -99,6 +99,12 @@ def load_state(path: Path, model: SVIP, optimizer: Optimizer) -> dict[str, Any]:
     return progress
 
 
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The epochs that ``save_state``'s file tells of; nothing else of it is read."""
+    history: list[dict[str, Any]] = torch.load(path, mmap=True, weights_only=True)["progress"]["history"]
+    return history
+
+
 def save_weights(path: Path, model: SVIP) -> None:
     """The model alone, as safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -43,13 +43,14 @@ def processes_for(device: str, value: int = 0) -> int:
     return asked("SVIP_PROCESSES", value) or max(gpus, 1)
 
 
-def launch(arguments: Sequence[str], processes: int) -> None:
+def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, str]) -> None:
     """Run ``svip`` with these arguments in so many processes that train together, and wait for them.
 
-    SIGTERM and SIGINT are passed on, and then end this one too. WorkerFailed says which process failed, and with what.
+    ``environment``: what is another in theirs. SIGTERM and SIGINT are passed on, and then end this one too.
+    WorkerFailed says which process failed, and with what.
     """
     for attempt in range(RESTARTS + 1):
-        failure = _run(arguments, processes)
+        failure = _run(arguments, processes, environment)
         if failure is None:
             return
         rank, cause = failure
@@ -59,12 +60,11 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         log.warning("%s; going on from the last checkpoint", _described(rank, cause, processes))
 
 
-def _run(arguments: Sequence[str], processes: int) -> tuple[int, ProcessFailure] | None:
+def _run(arguments: Sequence[str], processes: int, environment: Mapping[str, str]) -> tuple[int, ProcessFailure] | None:
     """The rank and failure of the process that the others failed with; None when all did what they should."""
     threads = max((os.cpu_count() or 1) // processes, 1)
-    environment = {WORKER: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-    environment["SVIP_WORK"] = ""  # where training is kept is what --out says by now
-    with tempfile.TemporaryDirectory(prefix="svip-") as folder, _environment(environment), _signals_kept():
+    own = {WORKER: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    with tempfile.TemporaryDirectory(prefix="svip-") as folder, _environment({**own, **environment}), _signals_kept():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

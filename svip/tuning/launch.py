@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,12 +35,15 @@ def run_workers(study: Study, arguments: Sequence[str], workers: int, address: s
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "svip.cli", "tune", "--worker", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
+    files: list[Path] = []
     told = {trial.number for trial in study.all_trials() if trial.state.is_finished()}
     try:
+        host = socket.gethostname()  # several machines may share the folder
         with _signals_interrupt(), tqdm(total=study.trials, desc="trials", unit="trial") as bar:
             for number in range(workers):
                 environment = {**os.environ, **share_of(number, workers), STORAGE: address}
-                with (logs / f"worker-{number}.log").open("ab") as file:
+                files.append(logs / f"{host}-{number}.log")
+                with files[-1].open("ab") as file:
                     # a session of its own: Ctrl-C reaches this process alone, which then stops them all
                     processes.append(
                         subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
@@ -54,10 +58,10 @@ def run_workers(study: Study, arguments: Sequence[str], workers: int, address: s
         _stop(processes)
     if not study.is_finished():
         number = max(range(workers), key=lambda index: processes[index].returncode == 1)
-        tail = (logs / f"worker-{number}.log").read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
+        tail = files[number].read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
         raise TuningError(
             "the workers ended before the study did; the same command goes on. The end of "
-            f"{logs / f'worker-{number}.log'}:\n" + "\n".join(f"   {line}" for line in tail)
+            f"{files[number]}:\n" + "\n".join(f"   {line}" for line in tail)
         )
 
 

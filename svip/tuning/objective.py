@@ -79,6 +79,11 @@ def select(
     return progress.history
 
 
+def epochs_of(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of all epochs that were trained in a trial's folder, by whichever worker."""
+    return checkpoint.read_history(folder / "select" / "state.pt")
+
+
 def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The epoch of the best validation H, the first of them where several are best: the one training would keep."""
     return max(history, key=lambda entry: float(entry[OBJECTIVE]))

@@ -19,6 +19,8 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from svip.tracking import without_password
+
 log = logging.getLogger(__name__)
 
 STORAGE = "SVIP_TUNING_STORAGE"
@@ -93,7 +95,7 @@ class Heartbeats:
             try:
                 self._storage.record_heartbeat(trial_id)
             except OptunaError as error:  # a server that is away for a moment
-                log.warning("no heartbeat could be written: %s", hide_password(str(error)))
+                log.warning("no heartbeat could be written: %s", without_password(str(error)))
 
     def fail_dead(self, study: optuna.Study, failed: Callable[[FrozenTrial], None]) -> None:
         self._storage.heartbeat_stale_trial_callback = lambda _, trial: failed(trial)
@@ -139,14 +141,9 @@ def open_storage(address: str, out: Path, heartbeat: int) -> tuple[BaseStorage, 
                 grace_period=BEATS * heartbeat,
             )
     except Exception as error:  # SQLAlchemy's, the driver's and the import system's
-        said = hide_password(str(error).strip().splitlines()[0])
+        said = without_password(str(error).strip().splitlines()[0])
         raise TuningError(
-            f"the study's storage {hide_password(address)} can't be used; check --storage or {STORAGE}, and that the "
-            f"server runs. It says: {said}"
+            f"the study's storage {without_password(address)} can't be used; check --storage or {STORAGE}, and that "
+            f"the server runs. It says: {said}"
         ) from None  # whose traceback would show the password
     return database, Heartbeats(database, heartbeat)
-
-
-def hide_password(text: str) -> str:
-    """The text with *** where an address in it has a password."""
-    return re.sub(r"(://[^/:@\s]*):[^\s'\"]*@", r"\1:***@", text)

@@ -140,10 +140,14 @@ class Study:
             return False
         return True
 
-    def fail(self, trial: FrozenTrial, error: str = "") -> None:
-        """End a running trial of this worker that has failed (``error``), or that another one shall go on with."""
+    def fail(self, trial: FrozenTrial, error: str = "", died: bool = False) -> None:
+        """End a running trial of this worker that has failed (``error``), or that another one shall go on with.
+
+        ``died``: as one of the worker's processes has, which counts like the death of the whole worker.
+        """
         with contextlib.suppress(UpdateFinishedTrialError):  # it was taken for dead
-            self.storage.set_trial_user_attr(trial._trial_id, "error" if error else "stopped", error or True)
+            if not died:
+                self.storage.set_trial_user_attr(trial._trial_id, "error" if error else "stopped", error or True)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             self.replace(self.storage.get_trial(trial._trial_id))
 

@@ -6,6 +6,8 @@ process alone fails with ends them all, and another worker goes on with the tria
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,24 @@ class Task:
 
 class Ended(Exception):
     """Rank 0 has ended the trial."""
+
+
+def processes() -> list[tuple[str, int]]:
+    """Host and process id of all processes of this worker, which all have to ask."""
+    return distributed.all_gather((socket.gethostname(), os.getpid()))
+
+
+def one_is_gone(processes: Sequence[tuple[str, int]]) -> bool:
+    """Whether one of those on this machine has ended."""
+    return any(_has_ended(pid) for host, pid in processes if host == socket.gethostname())
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def lead(

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from svip import tracking
 from svip.config import flatten, load_config
 from svip.data.bundle import Bundle
 from svip.training import distributed
-from svip.tuning.objective import OBJECTIVE, best_of, finish_folder
+from svip.tuning.objective import OBJECTIVE, best_of, epochs_of, finish_folder
 from svip.tuning.space import Space, assignments, suggest
 from svip.tuning.storage import TuningError
 from svip.tuning.study import DEATHS, Study
-from svip.tuning.team import SHARED, dismiss, follow, lead, wait
+from svip.tuning.team import SHARED, dismiss, follow, lead, one_is_gone, processes, wait
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,14 @@ POLL = 1.0
 
 class Stopped(SystemExit):
     """This worker was told to end (SIGTERM, Ctrl-C)."""
+
+
+class PeerDied(Stopped):
+    """Another process of this worker has died, by which this one can't go on."""
+
+
+class DiedTooOften(TuningError):
+    """A trial that DEATHS workers have died of, and that nobody begins again."""
 
 
 class TakenOver(RuntimeError):
@@ -96,46 +104,49 @@ class Worker:
     experiment: str
     max_errors: int = 10
     """After so many trials with errors the study stops."""
+    _processes: list[tuple[str, int]] = field(default_factory=list)
 
     def work(self) -> int:
         """Take trials until the study is finished; how many ended well here.
 
         Raises TuningError after too many trials with errors, and Stopped, with everything told, on SIGTERM or SIGINT.
         """
-        if not distributed.is_main():
-            follow(self.base, self.bundle, self.words)
-            return 0
-        ended = self._lead()
-        dismiss()
-        return ended
+        with Stop() as stop:  # in the other processes too: they end when rank 0 has
+            self._processes = processes()
+            if not distributed.is_main():
+                follow(self.base, self.bundle, self.words)
+                return 0
+            with tracking.runs_of_their_own():
+                ended = self._lead(stop)
+            dismiss()
+            return ended
 
-    def _lead(self) -> int:
+    def _lead(self, stop: Stop) -> int:
         ended = 0
-        with Stop() as stop, tracking.runs_of_their_own():
-            while True:
-                self.study.tidy(self._died)
-                if self.study.is_finished():
-                    return ended
-                errors = self.study.errors()
-                if len(errors) >= self.max_errors:
-                    dismiss()
-                    last = errors[-1]
-                    raise TuningError(
-                        f"{len(errors)} trials failed, the last one (trial {last.number}, "
-                        f"{shown(last.params)}) with: {last.user_attrs['error']}. Narrow the search space, or raise "
-                        "--max-errors and run the same command again"
-                    )
+        while True:
+            self.study.tidy(self._died)
+            if self.study.is_finished():
+                return ended
+            errors = self.study.errors()
+            if len(errors) >= self.max_errors:
+                dismiss()
+                last = errors[-1]
+                raise TuningError(
+                    f"{len(errors)} trials failed, the last one (trial {last.number}, "
+                    f"{shown(last.params)}) with: {last.user_attrs['error']}. Narrow the search space, or raise "
+                    "--max-errors and run the same command again"
+                )
+            with stop.possible():
+                pass
+            trial = self.study.take()
+            if trial is None:
+                wait()
                 with stop.possible():
-                    pass
-                trial = self.study.take()
-                if trial is None:
-                    wait()
-                    with stop.possible():
-                        time.sleep(POLL)
-                    continue
-                with self.study.liveness.hold(trial) as mine:
-                    if mine and self.study.begin(trial):
-                        ended += self._run(trial, stop)
+                    time.sleep(POLL)
+                continue
+            with self.study.liveness.hold(trial) as mine:
+                if mine and self.study.begin(trial):
+                    ended += self._run(trial, stop)
 
     def _run(self, frozen: FrozenTrial, stop: Stop) -> bool:
         """Train a trial that is this worker's; whether it ended well. It is told to the storage in any case."""
@@ -147,19 +158,19 @@ class Worker:
         except TakenOver as error:
             log.warning("trial %d: %s", trial.number, error)
             return False
+        except PeerDied as error:
+            self.study.fail(frozen, died=True)
+            raise distributed.PeerFailed(f"trial {trial.number}: {error}") from error
         except (Stopped, tracking.TrackingError, OptunaError) as error:  # nothing that the trial can help
             self.study.fail(frozen)
             log.info("trial %d: stopped (%s); it will be gone on with", trial.number, type(error).__name__)
             raise
         except Exception as error:
-            if distributed.world() > 1 and distributed.caused_by_a_peer(error):
-                self.study.fail(frozen)
-                raise
             self.study.fail(frozen, f"{type(error).__name__}: {error}")
             finish_folder(self._folder(trial.number), [])
             log.warning("trial %d failed: %s: %s", trial.number, type(error).__name__, error)
             log.debug("this was it:", exc_info=True)
-            if distributed.world() > 1 and not isinstance(error, SHARED):
+            if distributed.world() > 1 and not isinstance(error, (*SHARED, DiedTooOften)):
                 raise  # the other processes may be elsewhere
             return False
         value = best_of(history)[OBJECTIVE] if state is TrialState.COMPLETE else None
@@ -171,8 +182,6 @@ class Worker:
     def _train(self, trial: optuna.trial.Trial, stop: Stop) -> tuple[list[dict[str, Any]], TrialState]:
         """The epochs of a trial, and whether it was pruned; all of it is in its MLflow run, which is ended."""
         folder = self._take_over(trial)
-        if trial.user_attrs.get("deaths", 0) >= DEATHS:
-            raise TuningError(f"its worker died {DEATHS} times")
         values = suggest(self.space, trial)
         config = load_config(str(self.base), assignments(values))
         known = self._inherit(trial)
@@ -194,36 +203,53 @@ class Worker:
             trial.set_user_attr("run_id", tracker.run_id)
             trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
             tracker.log_params(flatten(config))
-            told: list[dict[str, Any]] = []
+
+            def tell(metrics: dict[str, float], epoch: int) -> None:
+                trial.report(metrics[OBJECTIVE], epoch)  # refused where the trial is another worker's by now
+                known.add(epoch)
+                tracker.log_metrics(metrics, epoch)
 
             def report(metrics: dict[str, float], epoch: int) -> None:
                 with stop.possible(False):
-                    trial.report(metrics[OBJECTIVE], epoch)  # refused where the trial is another worker's by now
-                    known.add(epoch)
-                    tracker.log_metrics(metrics, epoch)
-                    told.append({"epoch": epoch, **metrics})
+                    tell(metrics, epoch)
                     if trial.should_prune():
                         raise TrialPruned
 
+            def rest(history: list[dict[str, Any]]) -> list[tuple[dict[str, float], int]]:
+                """What was trained, but not told, when an earlier worker died."""
+                return [(metrics_of(entry), entry["epoch"]) for entry in history if entry["epoch"] not in known]
+
             try:
+                if trial.user_attrs.get("deaths", 0) >= DEATHS:
+                    raise DiedTooOften(f"its worker died {DEATHS} times")
                 with stop.possible():
                     history = lead(config, assignments(values), self.bundle, self.words, folder, report)
-                for entry in history:  # what was trained, but not told, when an earlier worker died
-                    if entry["epoch"] not in known:
-                        report({key: value for key, value in entry.items() if "/" in key}, entry["epoch"])
+                for metrics, epoch in rest(history):
+                    report(metrics, epoch)
                 state = TrialState.COMPLETE
             except TrialPruned:
-                history, state = told, TrialState.PRUNED
+                history, state = epochs_of(folder), TrialState.PRUNED
+                for metrics, epoch in rest(history):
+                    tell(metrics, epoch)
             except BaseException as error:
                 if not self.study.is_running(trial.number):
                     stack.pop_all()  # the MLflow run is the other worker's to end
                     raise TakenOver("another worker has taken it over, as this one had been silent") from error
-                tracker.set_tags({"trial.state": "stopped" if isinstance(error, Stopped) else "failed"})
+                gone = self._is_of_a_dead_peer(error)
+                tracker.set_tags({"trial.state": "stopped" if gone or isinstance(error, Stopped) else "failed"})
+                if gone:
+                    raise PeerDied("another process of this worker has died") from error
                 raise
             tracker.set_tags({"trial.state": state.name.lower()})
             best = best_of(history)
             tracker.log_metrics({f"best/{key}": best[key] for key in best if key.startswith("val/")}, 0)
         return history, state
+
+    def _is_of_a_dead_peer(self, error: BaseException) -> bool:
+        """Whether it is its end that cut the connection, or had torchrun stop this process too."""
+        if distributed.world() == 1:
+            return False
+        return distributed.caused_by_a_peer(error) or (isinstance(error, Stopped) and one_is_gone(self._processes))
 
     def _inherit(self, trial: optuna.trial.Trial) -> set[int]:
         """Tell Optuna the epochs that the trial before this one has told, as it goes on after them; their numbers."""
@@ -252,9 +278,15 @@ class Worker:
         run_id = trial.user_attrs.get("run_id")
         if run_id:
             try:
+                tracking.log_to_run(run_id, tags={"trial.state": "stopped"})
                 tracking.close_run(run_id, "KILLED")
             except tracking.TrackingError as error:
                 log.warning("trial %d: %s", trial.number, error)
+
+
+def metrics_of(entry: dict[str, Any]) -> dict[str, float]:
+    """An epoch's numbers that are tracked."""
+    return {key: value for key, value in entry.items() if "/" in key}
 
 
 def shown(values: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_user import TINY, Cluster
+from cluster_user import TINY, TRACKED, Cluster
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow]
 def cluster(engine: str, image: str, tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(tmp_path, runner="docker")
     made.server.environment |= {"DOCKER_HOST": engine, "SVIP_IMAGE": image}
-    (tmp_path / "cluster.yaml").write_text(f"image: {image}\n")
+    (tmp_path / "cluster.yaml").write_text(f"image: {image}\n{TRACKED}")
     yield made
     made.server.end()
 
@@ -40,7 +40,7 @@ def test_success_is_reported_and_every_task_left_its_outputs(cluster: Cluster) -
     numbers = json.loads((folder / "evaluate" / "metrics").read_text())["protocols"]["validation"]
     assert f"{numbers['H']:.1f}" in (folder / "evaluate" / "results").read_text()
     (parent,) = (run for run in cluster.mlflow() if "mlflow.parentRunId" not in run.data.tags)
-    assert (parent.info.run_name, parent.info.status) == (f"experiment-{cluster.last.id}", "FINISHED")
+    assert (parent.data.tags["pipeline"], parent.info.status) == (f"experiment-{cluster.last.id}", "FINISHED")
 
 
 def test_failure_is_reported_with_its_step(cluster: Cluster) -> None:

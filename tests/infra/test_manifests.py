@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from manifests import BUILDS, INFRA, Object, build, build_site, matches, named, names, pods
 
-kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs pip install kubernetes-validate")
 
 # the oldest Kubernetes that Kubeflow Trainer 2.3 runs on, and the newest whose schemas are known here
 VERSIONS = ("1.31", "1.37")
@@ -56,17 +57,17 @@ def test_a_field_that_kubernetes_does_not_have_is_found() -> None:
 
 
 def test_trainer_knows_every_field_of_the_runtime(objects: tuple[Object, ...]) -> None:
-    models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install 'svip[cluster]'")
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the extra `cluster`")
     runtime = named(objects, "TrainingRuntime", "svip")
     # its models drop what they don't know
     assert models.TrainerV1alpha1TrainingRuntime.from_dict(runtime).to_dict() == runtime
 
 
 def test_the_runtime_is_one_that_the_kubeflow_sdk_finds(objects: tuple[Object, ...]) -> None:
-    utils = pytest.importorskip("kubeflow.trainer.backends.kubernetes.utils", reason="pip install 'svip[cluster]'")
+    utils = pytest.importorskip("kubeflow.trainer.backends.kubernetes.utils", reason="needs the extra `cluster`")
     runtime = named(objects, "TrainingRuntime", "svip")
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    models = pytest.importorskip("kubeflow_trainer_api.models")
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the extra `cluster`")
     trainer = utils.get_runtime_trainer(
         runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"],
         [models.JobsetV1alpha2ReplicatedJob.from_dict(job)],
@@ -224,6 +225,34 @@ def test_steps_may_do_what_training_over_nodes_takes_and_no_more(objects: tuple[
         *(("", thing, verb) for thing in ("pods", "pods/log", "events") for verb in ("get", "list", "watch")),
         *(("argoproj.io", "workflowtaskresults", verb) for verb in ("create", "patch")),
     }
+
+
+def test_the_outbox_is_on_the_shared_volume(objects: tuple[Object, ...]) -> None:
+    (template,) = [template for name, template in pods(objects) if name == "training"]
+    (container,) = template["spec"]["containers"]
+    step = yaml.safe_load((INFRA / "cluster.yaml").read_text())["steps"]["default"]
+    outbox = {entry["name"]: entry.get("value") for entry in container["env"]}["SVIP_OUTBOX"]
+    assert outbox == step["env"]["SVIP_OUTBOX"]
+    assert {"name": "work", "mountPath": step["volumes"]["svip-work"]} in container["volumeMounts"]
+    assert Path(outbox).is_relative_to(step["volumes"]["svip-work"])
+
+
+def test_the_folders_of_the_steps_are_made_on_the_shared_volume(objects: tuple[Object, ...], tmp_path: Path) -> None:
+    job = named(objects, "Job", "svip-work")
+    spec = job["spec"]["template"]["spec"]
+    assert spec["securityContext"]["fsGroup"] == spec["securityContext"]["runAsUser"] == 1000
+    (container,) = spec["containers"]
+    (command,) = container["args"]
+    made = subprocess.run([*container["command"], command.replace("/work/", f"{tmp_path}/")])
+    assert made.returncode == 0
+    settings = yaml.safe_load((INFRA / "cluster.yaml").read_text())
+    wanted = [settings["training"]["work"], settings["steps"]["default"]["env"]["SVIP_OUTBOX"]]
+    assert sorted(f"/work/{path.name}" for path in tmp_path.iterdir()) == sorted(wanted)
+
+
+def test_a_job_goes_away_so_that_another_image_can_be_applied(objects: tuple[Object, ...]) -> None:
+    jobs = [thing for thing in objects if thing["kind"] == "Job"]
+    assert jobs and all(job["spec"]["ttlSecondsAfterFinished"] <= 600 for job in jobs)
 
 
 def test_a_gpu_node_trains_with_its_gpu_and_enough_shared_memory() -> None:

@@ -40,7 +40,7 @@ def nodes() -> Iterator[list[str]]:
     except subprocess.CalledProcessError as error:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        pytest.skip(f"needs network namespaces: {error.stderr.strip()}")
     try:
         for number, (name, cable) in enumerate(zip(names, cables, strict=True), start=1):
             ip("link", "set", cable, "netns", name)

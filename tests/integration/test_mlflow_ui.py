@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -41,7 +42,7 @@ ROLES = {
     for role, roles in IMAGE_ROLES.items()
 }
 """More images to test on, so that accuracies are no round numbers."""
-PATIENCE = 180
+PATIENCE = 120
 """Seconds to wait for what a page should show; on a busy machine its scripts take many."""
 
 
@@ -59,9 +60,9 @@ class Runs:
         (run,) = self.client.search_runs([self.experiment], query)
         return run
 
-    def h(self, run_id: str) -> str:
-        """The run's honest H as MLflow's pages write it, in part."""
-        return f"{self.client.get_run(run_id).data.metrics['test/H']:.6g}"[:5]
+    def reached(self, run_id: str, name: str = "H") -> float:
+        """One of the run's honest numbers."""
+        return float(self.client.get_run(run_id).data.metrics[f"test/{name}"])
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,8 @@ class Browser:
         return [part for part in expected if part not in text]
 
     def _text(self) -> str:
-        return str(self.driver.execute_script("return document.body ? document.body.innerText : ''"))
+        """What the page shows, with single spaces."""
+        return " ".join(self.driver.execute_script("return document.body ? document.body.innerText : ''").split())
 
 
 @pytest.fixture(scope="module")
@@ -243,18 +245,25 @@ def test_the_page_of_an_experiment_nests_steps_in_pipelines_named_by_what_they_c
 
 
 def test_the_comparison_of_three_runs_has_their_names_changes_and_h(runs: Runs, browser: Browser) -> None:
-    chosen = [runs.child(parent, "evaluate") for parent in runs.parents]
-    ids = json.dumps([run.info.run_id for run in chosen])
-    names = [run.info.run_name for run in chosen]
-    values = [runs.h(run.info.run_id) for run in chosen]
-    browser.open(f'/compare-runs?runs={ids}&experiments=["{runs.experiment}"]', *names, "test/H", "optim.lr", *values)
+    chosen = [runs.child(parent, "evaluate").info.run_id for parent in runs.parents]
+    page = f'/compare-runs?runs={json.dumps(chosen)}&experiments=["{runs.experiment}"]'
+    # first the names of the numbers, in order, then line by line what the runs reached
+    names = ("H", "S", "T1")
+    numbers = " ".join(f"{round(runs.reached(run_id, name), 2):g}" for name in names for run_id in chosen)
+    changes = ["optim.lr=1e-05", "model.selected_groups=4, optim.lr=0.01", "optim.lr=0.01, train.seed=1"]
+    expected = (" ".join(f"test/{name}" for name in names), numbers, " ".join(["changes", *changes]))
+    browser.open(page, *(f"evaluate-svip {name}" for name in NAMES), *expected)
 
 
 def test_the_page_of_an_evaluation_has_its_results_and_its_pictures(runs: Runs, browser: Browser) -> None:
     run = runs.child(runs.parents[1], "evaluate")
     page = f"/experiments/{runs.experiment}/runs/{run.info.run_id}"
-    h = runs.h(run.info.run_id)
-    browser.open(page, f"evaluate-svip {NAMES[1]}", "gamma chosen on the validation classes", "test/H", h, "changes")
+    shown = browser.open(
+        page, f"evaluate-svip {NAMES[1]}", "gamma chosen on the validation classes", "test/H", "changes"
+    )
+    number = re.search(r"test/H\s+(\S+)", shown)
+    assert number and float(number[1]) == pytest.approx(runs.reached(run.info.run_id))
+    browser.shows(page, "synthetic-standard (", "bundle_sha256")
     browser.open(f"{page}/artifacts/charts/unseen_confusions.png", "unseen_confusions.png")
     browser.has_image()
 
@@ -269,4 +278,17 @@ def test_the_page_of_a_training_links_its_model(runs: Runs, browser: Browser) ->
     run = runs.child(runs.parents[0], "train")
     browser.open(f"/experiments/{runs.experiment}/runs/{run.info.run_id}", f"train-svip {NAMES[0]}", "val/H", "model")
     (model,) = runs.client.search_logged_models([runs.experiment])
-    browser.open(f"/experiments/{runs.experiment}/models/{model.model_id}", "model", f"train-svip {NAMES[0]}")
+    page = f"/experiments/{runs.experiment}/models/{model.model_id}"
+    shown = browser.open(page, f"train-svip {NAMES[0]}", "test/H")
+    assert f"{runs.reached(runs.child(runs.parents[0], 'evaluate').info.run_id):g}"[:4] in shown
+
+
+def test_the_page_of_a_registered_version_says_what_it_reached(
+    runs: Runs, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", runs.uri)
+    registration = steps.register(runs.parents[0])
+    page = f"/models/{registration.name}/versions/{registration.version}"
+    browser.open(page, "champion", "champion: the first version", f"{registration.h.value:.2f}", "validation")
+    model = runs.client.get_model_version(registration.name, registration.version).model_id
+    browser.open(f"/experiments/{runs.experiment}/models/{model}", f"{registration.name} v1")

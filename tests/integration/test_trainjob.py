@@ -24,11 +24,12 @@ from svip.training.work import Place
 
 pytest.importorskip("kubeflow", reason="needs the extra `cluster`")
 PLACE = "s3://team/work/svip-1234"
+SIZES = ("SVIP_NODE_CPU", "SVIP_NODE_MEMORY", "SVIP_GPU_TYPE")
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (*trainjob.PASSED_ON, "SVIP_WORK", "SVIP_NAMESPACE", "SVIP_IMAGE", "SVIP_TRAINING_RUNTIME"):
+    for name in (*trainjob.PASSED_ON, "SVIP_WORK", "SVIP_IMAGE", "SVIP_TRAINING_RUNTIME", *SIZES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setenv("SVIP_NAMESPACE", NAMESPACE)
@@ -107,6 +108,31 @@ def test_cpu_asks_for_no_gpu_and_another_gpu_by_its_name(monkeypatch: pytest.Mon
     monkeypatch.setenv("SVIP_GPU_TYPE", "amd.com/gpu")
     resources = trainjob.render(training(), 2, 1).to_dict()["spec"]["trainer"]["resourcesPerNode"]
     assert resources["limits"] == {"amd.com/gpu": 1}
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "cpu", "memory", "requests", "limits"),
+    [
+        ("auto", "nvidia.com/gpu", "8", "64Gi", {"cpu": "8", "memory": "64Gi"}, {"memory": "64Gi"}),
+        ("auto", "amd.com/gpu", "8", "64Gi", {"cpu": "8", "memory": "64Gi"}, {"cpu": "8", "memory": "64Gi"}),
+        ("cpu", "nvidia.com/gpu", "500m", "4Gi", {"cpu": "500m", "memory": "4Gi"}, {"cpu": "500m", "memory": "4Gi"}),
+        ("cpu", "nvidia.com/gpu", "", "4Gi", {"memory": "4Gi"}, None),
+    ],
+)
+def test_a_node_asks_for_all_it_needs_since_that_replaces_what_the_runtime_asks_for(
+    *, device: str, gpu: str, cpu: str, memory: str, requests: Any, limits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kubeflow.trainer.backends.kubernetes.utils import get_container_devices
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+    for name, value in zip(SIZES, (cpu, memory, gpu), strict=True):
+        monkeypatch.setenv(name, value)
+    job = trainjob.render(training(config=load_config("smoke", [f"train.device={device}"])), 2, 4)
+    gpus = {gpu: 4} if device != "cpu" else {}
+    resources = job.to_dict()["spec"]["trainer"]["resourcesPerNode"]
+    assert resources == {"requests": requests | gpus, **({"limits": limits | gpus} if limits else {})}
+    # the SDK raises for limits in which it finds no device
+    get_container_devices(TrainerV1alpha1TrainJob.from_dict(job.to_dict()).spec.trainer.resources_per_node)
 
 
 def test_a_name_is_of_a_training_alone() -> None:

@@ -6,9 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,9 @@ from svip import steps
 from svip.config import ConfigError, load_config
 from svip.data.bundle import Bundle, read_bundle
 from svip.semantics.vectors import Embedding, write_embedding
+from svip.steps import tuning
 from svip.tuning import objective
-from svip.tuning.storage import TuningError, hide_password
+from svip.tuning.storage import TuningError
 from svip.tuning.worker import Stop, Stopped
 
 IMAGE_ROLES = {
@@ -52,6 +56,29 @@ def save_and_die(path, model, optimizer, progress, *rest, **more):
 checkpoint.save_state = save_and_die
 steps.tune_worker(*sys.argv[1:4])
 """
+SECOND_PROCESS_IS_KILLED_THREE_TIMES = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+work = Path(os.environ.get("SVIP_WORK", ""))
+killed = work / "killed.txt"
+
+def times():
+    return {path: path.stat().st_mtime_ns for path in work.glob("tuning/*/trials/*/select/state.pt")}
+
+def kill():
+    for _ in range(3):  # so that of the first two at least one is told
+        before = times()
+        while times() == before:
+            time.sleep(0.01)
+    with killed.open("a") as file:
+        file.write("killed\\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+deaths = len(killed.read_text().split()) if killed.exists() else 0
+if "--worker" in sys.orig_argv and os.environ.get("RANK") == "1" and deaths < 3:
+    threading.Thread(target=kill, daemon=True).start()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +101,7 @@ def plan(inputs: tuple[str, str, str], out: Path, trials: int = 3, *overrides: s
 
 def trials_of(out: Path) -> list[FrozenTrial]:
     backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
-    name = json.loads((out / "study.json").read_text())["name"]
-    return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend)).trials
+    return optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend)).trials
 
 
 def history(out: Path, number: int) -> list[dict[str, Any]]:
@@ -193,7 +219,7 @@ def test_an_interrupted_command_stops_its_workers_and_the_next_one_finishes(
     trials = trials_of(out)
     assert sum(trial.state is TrialState.COMPLETE for trial in trials) == 2
     (resumed,) = [trial for trial in trials if "resumes" in trial.user_attrs]
-    assert "resumed after epoch" in (out / "workers" / "worker-0.log").read_text()
+    assert "resumed after epoch" in (out / "workers" / f"{socket.gethostname()}-0.log").read_text()
     assert len(resumed.intermediate_values) == 16
 
 
@@ -212,6 +238,33 @@ def test_a_diverging_trial_is_a_failure_with_its_reason_and_too_many_stop_the_st
     assert [trial.user_attrs["error"][:13] for trial in failed] == ["NonFiniteLoss"] * 2
     run = MlflowClient(store).get_run(failed[0].user_attrs["run_id"])
     assert run.info.status == "FAILED" and run.data.tags["error"].startswith("NonFiniteLoss")
+
+
+def test_a_trial_that_goes_on_and_is_then_pruned_keeps_its_earlier_epochs(
+    inputs: tuple[str, str, str], tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = plan(inputs, tmp_path, 1, "optim.epochs=4")
+
+    def stop_once_then_prune(self: optuna.trial.Trial) -> bool:
+        last = self.storage.get_trial(self._trial_id).last_step
+        if (self.number, last) == (0, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return (self.number, last) == (1, 3)
+
+    monkeypatch.setattr(optuna.trial.Trial, "should_prune", stop_once_then_prune)
+    with pytest.raises(Stopped):
+        steps.tune_worker(*arguments)
+    stopped = MlflowClient(store).get_run(trials_of(tmp_path)[0].user_attrs["run_id"])
+    assert (stopped.info.status, stopped.data.tags["trial.state"]) == ("KILLED", "stopped")
+    assert steps.tune_worker(*arguments) == 1
+    pruned = trials_of(tmp_path)[1]
+    assert (pruned.state, pruned.user_attrs["resumes"]) == (TrialState.PRUNED, 0)
+    epochs = history(tmp_path, 1)
+    assert {entry["epoch"]: entry["val/H"] for entry in epochs} == pruned.intermediate_values
+    assert list(pruned.intermediate_values) == [1, 2, 3]
+    run = MlflowClient(store).get_run(stopped.info.run_id)
+    assert (run.info.status, run.data.tags["trial.state"]) == ("FINISHED", "pruned")
+    assert run.data.metrics["best/val/H"] == max(pruned.intermediate_values.values())
 
 
 def test_tuning_reads_no_test_image(
@@ -234,6 +287,16 @@ def test_tuning_reads_no_test_image(
     assert read == {"train", "val_seen", "val_unseen"}
 
 
+def test_an_address_for_work_is_warned_of_since_tuning_knows_folders_only(
+    inputs: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SVIP_WORK", "s3://team/work")
+    with caplog.at_level("WARNING", logger="svip.steps.tuning"):
+        plan(inputs, tmp_path / "study", 1)
+    assert "SVIP_WORK=s3://team/work is no folder" in caplog.text
+    assert (tmp_path / "study" / "study.json").exists()
+
+
 def test_the_objective_stops_whoever_asks_for_test_images(inputs: tuple[str, str, str]) -> None:
     bundle = read_bundle(inputs[0])
     guarded = objective.ValidationBundle.of(bundle)
@@ -244,6 +307,23 @@ def test_the_objective_stops_whoever_asks_for_test_images(inputs: tuple[str, str
         guarded.image(int(bundle.rows("test_unseen")[0]))
     reopen, arguments = guarded.__reduce__()
     assert isinstance(reopen(*arguments), objective.ValidationBundle), "in the loader's processes too"
+
+
+def test_two_machines_that_begin_at_once_share_one_study(
+    inputs: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, begin = threading.Barrier(2, timeout=60), tuning._begin
+
+    def begin_at_once(path: Path, record: dict[str, Any]) -> bool:
+        together.wait()
+        return begin(path, record)
+
+    monkeypatch.setattr(tuning, "_begin", begin_at_once)
+    with ThreadPoolExecutor(2) as machines:
+        for planned in [machines.submit(plan, inputs, tmp_path, 2) for _ in range(2)]:
+            planned.result()
+    assert {trial.user_attrs["slot"] for trial in trials_of(tmp_path)} == {0, 1}, "and there is no other study"
+    assert {path.name for path in tmp_path.iterdir()} == {"study.json", "study.journal", "config.yaml", "locks"}
 
 
 def test_a_study_without_validation_classes_is_refused(inputs: tuple[str, str, str], tmp_path: Path) -> None:
@@ -261,15 +341,16 @@ def test_workers_in_other_pods_without_a_database_are_refused(
 
 
 def test_a_database_that_is_away_is_told_without_its_password(inputs: tuple[str, str, str], tmp_path: Path) -> None:
-    pytest.importorskip("psycopg2")
+    pytest.importorskip("psycopg2", reason="needs a PostgreSQL driver: pip install 'svip[cluster]'")
     bundle, words, space = inputs
-    with pytest.raises(TuningError) as caught:
-        steps.tune(
-            bundle, words, str(tmp_path), "smoke", space, storage="postgresql://me:s3cr@t@127.0.0.1:9/x", overrides=TINY
-        )
-    assert "s3cr" not in str(caught.value) and "me:***@127.0.0.1:9" in str(caught.value)
-    assert caught.value.__cause__ is None
-    assert hide_password("postgresql://a:b:c@d/e and /a/b.journal") == "postgresql://a:***@d/e and /a/b.journal"
+    for address, shown in (
+        ("postgresql://me:s3cr@t@127.0.0.1:9/x", "me:***@127.0.0.1:9/x"),
+        ("postgresql://127.0.0.1:9/x?user=me&password=s3cret", "127.0.0.1:9/x?user=me&password=***"),
+    ):
+        with pytest.raises(TuningError) as caught:
+            steps.tune(bundle, words, str(tmp_path), "smoke", space, storage=address, overrides=TINY)
+        assert "s3cr" not in str(caught.value) and shown in str(caught.value)
+        assert caught.value.__cause__ is None
 
 
 def test_a_signal_waits_until_nothing_is_halfway() -> None:
@@ -282,6 +363,36 @@ def test_a_signal_waits_until_nothing_is_halfway() -> None:
     assert done == ["told"]
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_a_trial_of_which_one_process_dies_goes_on_from_its_checkpoint_and_after_three_deaths_has_failed(
+    inputs: tuple[str, str, str], tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(SECOND_PROCESS_IS_KILLED_THREE_TIMES)  # Python imports it
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'hook'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("SVIP_WORK", str(work))
+    bundle, words, space = inputs
+    out, overrides = tmp_path / "study", [*TINY, "optim.epochs=60"]
+    steps.plan_tuning(bundle, words, str(out), "smoke", space, 1, 1, overrides, name="three")
+    assert steps.tune_worker(bundle, words, str(out), processes=2) == 1
+
+    trials = trials_of(work / "tuning" / "three")
+    assert [trial.state for trial in trials] == [TrialState.FAIL] * 4 + [TrialState.COMPLETE]
+    assert [trial.user_attrs.get("deaths", 0) for trial in trials] == [0, 1, 2, 3, 0]
+    assert [trial.user_attrs.get("error") for trial in trials[2:4]] == [None, "DiedTooOften: its worker died 3 times"]
+    assert not [trial for trial in trials if "stopped" in trial.user_attrs]
+    epochs = [len(trial.intermediate_values) for trial in trials]
+    assert 1 <= epochs[0] < epochs[1] < epochs[2] == epochs[3], "each went on where the one before was killed"
+    assert trials[3].params == trials[0].params != trials[4].params
+    assert not (out / "trials").exists() and (work / "tuning" / "three" / "trials" / "0004").is_dir()
+    runs = [MlflowClient(store).get_run(trial.user_attrs["run_id"]) for trial in trials]
+    assert len({run.info.run_id for run in runs[:4]}) == 1
+    assert (runs[3].info.status, runs[3].data.tags["trial.state"]) == ("FAILED", "failed")
+    assert (runs[4].info.status, runs[4].data.tags["trial.state"]) == ("FINISHED", "complete")
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ import json, logging, math, sys, time
 logging.basicConfig(level=logging.DEBUG)
 from svip import steps
 from svip.training.loop import NonFiniteLoss
-from svip.tuning import team
+from svip.tuning import team, worker
 
 def select(config, bundle, words, folder, report):
     state = folder / "state.json"
@@ -63,6 +63,7 @@ def select(config, bundle, words, folder, report):
     return history
 
 team.select = select
+worker.epochs_of = lambda folder: json.loads((folder / "state.json").read_text())
 print(steps.tune_worker(*sys.argv[1:4], max_errors=100))
 """
 
@@ -120,7 +121,9 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
     )
     assert len(names) == WORKERS
     command = [sys.executable, str(tmp_path / "worker.py"), *arguments]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in names]
+    said = tmp_path / "study" / "said.log"
+    with said.open("a") as log:  # at level DEBUG
+        workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) for _ in names]
     try:
         killed = wait_for_trial_of(workers[0].pid, databases[0], "sixty")
         workers[0].kill()
@@ -180,8 +183,12 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
 
     best = steps.tuning_report(arguments[2], str(tmp_path / "report"), parent)
     assert best["H"] == max(float(trial.value or 0) for trial in well if trial.state is TrialState.COMPLETE)
+    tags = client.get_run(parent).data.tags
+    assert tags["best.trial"] == str(best["trial"]) and tags["best.overrides"] == " ".join(best["overrides"])
     files = {file.path for file in client.list_artifacts(parent)}
     assert files == {"tuning.html", "best.yaml", "trials.csv", "history.png", "importance.png", "slice.png"}
     password = databases[0].split(":")[2].split("@")[0]
-    assert password not in (tmp_path / "study" / "study.json").read_text()
+    files_left = [path for folder in ("study", "report") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert said in files_left and not [path for path in files_left if password.encode() in path.read_bytes()]
+    assert password not in str([run.data.to_dictionary() for run in (*runs.values(), client.get_run(parent))])
     assert json.loads((tmp_path / "study" / "study.json").read_text())["storage"].count("***") == 1

@@ -24,6 +24,10 @@ TINY = [
 ]
 
 
+TRACKED = "steps: {default: {secrets: {svip-mlflow: [MLFLOW_TRACKING_URI]}}}\n"
+"""The least that a cluster file has to say; here the steps have the variable from the server's environment."""
+
+
 @dataclass
 class Done:
     """A command that ended."""
@@ -34,10 +38,11 @@ class Done:
 
 
 class Cluster:
-    """A server, and svip's commands as a person gives them to it."""
+    """A server, and svip's commands as a person gives them to it, with a ``cluster.yaml`` in ``folder``."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.folder = folder
+        (folder / "cluster.yaml").write_text(TRACKED)
         self.store = f"sqlite:///{folder}/mlflow.db"
         self.server = StubServer(folder / "kubeflow", **options)
         self.server.environment = {"MLFLOW_TRACKING_URI": self.store, "OMP_NUM_THREADS": "1"}

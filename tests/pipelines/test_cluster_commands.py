@@ -15,18 +15,19 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_user import TINY, Cluster, Done, ended, until
+from cluster_user import TINY, TRACKED, Cluster, Done, ended, until
 from kfp_server import StubRun
 
 from pipelines.cluster_cli import run_name
 from pipelines.server import Server, shown
 
 TOKEN = "a-token-that-nobody-may-see"
-CLUSTER = """
+CLUSTER = f"""
 image: registry.example/svip:7
 service_account: svip-pipeline
-steps: {default: {secrets: {svip-mlflow: [MLFLOW_TRACKING_URI]}}}
+{TRACKED}
 """
+FILE = ("--cluster", "cluster.yaml")
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     cluster = Cluster(tmp_path_factory.mktemp("cluster"), token=TOKEN)
     (cluster.folder / "cluster.yaml").write_text(CLUSTER)
     try:
-        arguments = ["submit", "experiment", "--cluster", "cluster.yaml", "--wait", *TINY]
+        arguments = ["submit", "experiment", *FILE, "--wait", *TINY]
         process = cluster.start(*arguments, SVIP_KFP_TOKEN=TOKEN)
         until(lambda: bool(cluster.server.runs) and cluster.last.tasks().get("evaluate") == "RUNNING")
         first = cluster.last
@@ -118,8 +119,8 @@ def test_a_resubmitted_run_does_not_train_again_and_goes_on_in_the_same_mlflow_r
     assert not list((second.folder / "artifacts").glob("*/train/checkpoint")), "training came from the cache"
     runs = story.cluster.mlflow()
     (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
-    assert (parent.info.run_name, parent.info.status) == (f"experiment-{second.id}", "FINISHED")
-    assert [run.info.run_name for run in runs].count("train-svip") == 1
+    assert (parent.data.tags["pipeline"], parent.info.status) == (f"experiment-{second.id}", "FINISHED")
+    assert [run.data.tags.get("step") for run in runs].count("train") == 1
 
 
 @pytest.mark.slow
@@ -186,7 +187,7 @@ def test_a_run_that_succeeded_is_not_resubmitted(story: Story) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_ends_with_code_1_the_step_and_what_to_do(cluster: Cluster) -> None:
-    done = cluster.svip("submit", "experiment", "--wait", *TINY, "data.dataset=cub", "data.root=nowhere")
+    done = cluster.svip("submit", "experiment", *FILE, "--wait", *TINY, "data.dataset=cub", "data.root=nowhere")
     run = cluster.last.id
     assert done.code == 1
     assert "prepare-data: failed after " in done.out
@@ -199,15 +200,21 @@ def test_a_run_that_fails_ends_with_code_1_the_step_and_what_to_do(cluster: Clus
 
 def test_a_wrong_configuration_or_option_is_refused_before_anything_is_sent(cluster: Cluster) -> None:
     (cluster.folder / "own.yaml").write_text("data: {}\n")
+    (cluster.folder / "untracked.yaml").write_text("steps: {train: {env: {MLFLOW_TRACKING_URI: http://mlflow}}}\n")
     for arguments, message in (
         (
             ["experiment", "-p", "own.yaml"],
             "preset own.yaml: a cluster's steps don't see this file; give a shipped one",
         ),
         (["experiment", "optim.epoch=1"], "did you mean 'optim.epochs'?"),
-        (["experiment", "--seeds", "2"], "pipeline experiment has no seeds; leave out --seeds"),
-        (["experimint"], "unknown pipeline 'experimint'; there are: experiment, ablation"),
+        (["experiment", *FILE, "--seeds", "2"], "pipeline experiment has no seeds; leave out --seeds"),
+        (["experimint", *FILE], "unknown pipeline 'experimint'; there are: experiment, ablation"),
         (["experiment", "--cluster", "none.yaml"], "cluster file none.yaml does not exist"),
+        (["experiment"], "no cluster file: the steps are told no MLflow server"),
+        (
+            ["experiment", "--cluster", "untracked.yaml"],
+            "give --cluster FILE with MLFLOW_TRACKING_URI in steps.default.env or steps.default.secrets, as ",
+        ),
     ):
         done = cluster.svip("submit", *arguments)
         assert done.code == 1
@@ -227,7 +234,7 @@ def test_a_server_that_refuses_is_explained_in_one_line(tmp_path: Path) -> None:
             ("status", "x", "--token", "wrong"): "no valid token (401)",
             ("status", "x", "--token-file", "gone"): "token file gone can't be read: No such file or directory",
             ("status", "x", "--token", TOKEN): f"{cluster.server.host} has no run x",
-            ("submit", "experiment", "--token", TOKEN, "--namespace", "other"): (
+            ("submit", "experiment", *FILE, "--token", TOKEN, "--namespace", "other"): (
                 "not allowed in namespace other (403); give a token (SVIP_KFP_TOKEN, --token-file). "
                 "It says: User 'me' is not authorized with reason: namespace other"
             ),
@@ -277,6 +284,20 @@ def test_a_token_that_expires_while_a_run_is_followed_is_read_anew(cluster: Clus
     cluster.server.token = "new"
     token.write_text("new")
     assert server.run(cluster.last.id).name == "x"
+
+
+def test_a_run_that_is_resubmitted_twice_goes_on_with_the_first(cluster: Cluster) -> None:
+    task = {"inputDefinitions": {"parameters": {"continues": {"parameterType": "STRING"}}}, "dag": {"tasks": {}}}
+    spec = {"pipelineInfo": {"name": "x"}, "schemaVersion": "2.1.0", "sdkVersion": "kfp", "root": task}
+    cluster.server.start({"pipeline_spec": spec, "runtime_config": {}, "display_name": "x", "experiment_id": "1"})
+    server, told = Server(cluster.server.host), []
+    for _ in range(2):
+        first = cluster.last
+        cluster.server.terminate(first)
+        server.resubmit(first.id)
+        told.append(cluster.last.body["runtime_config"]["parameters"]["continues"])
+    one, two, _ = cluster.server.runs
+    assert told == [one, f"{two} {one}"]
 
 
 def test_a_long_name_keeps_the_pipeline_the_preset_and_the_date() -> None:

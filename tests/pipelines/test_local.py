@@ -63,7 +63,23 @@ def test_the_files_that_a_configuration_names_are_seen_and_addresses_and_names_a
     named = containers.sources(config, str(tmp_path / "mine.yaml"))
     expected = {tmp_path / name for name in ("glove.zip", "tables", "vit.safetensors", "mine.yaml")}
     assert set(map(Path, named)) == expected
-    assert containers.sources(load_config("smoke", ["model.weights=timm"]), "smoke") == []
+    assert containers.sources(load_config("smoke", ["model.weights=timm"]), "smoke", "paper") == []
+
+
+def test_a_search_space_and_the_files_that_variables_name_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path / "outbox"))
+    files = ["MLFLOW_TRACKING_SERVER_CERT_PATH", "AWS_CA_BUNDLE", "AWS_SHARED_CREDENTIALS_FILE", "space.yaml"]
+    for name in files:
+        (tmp_path / name).touch()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    named = containers.sources(load_config("smoke"), "smoke", str(tmp_path / "space.yaml"))
+    assert set(map(Path, named)) == {tmp_path / name for name in files}
+    assert containers.tracking_folders() == [str(tmp_path / "outbox")]
+    assert (tmp_path / "outbox").is_dir(), "Docker would make it as root"
 
 
 def test_containers_inherit_settings_and_credentials_and_nothing_else() -> None:
@@ -130,6 +146,74 @@ class Run:
             time.sleep(0.1)
         (step,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(step)
+
+
+def test_a_run_that_failed_is_gone_on_with_also_when_one_in_between_did_not_get_far(tmp_path: Path) -> None:
+    def begin(preset: str, job: str) -> str:
+        """What a run is told to continue that gets as far as its first step, if it has a job."""
+        continues = local.jobs_to_continue(tmp_path, {"preset": preset, "overrides": []})
+        (tmp_path / "pipeline.log").write_text(f'        "job": "{job}",\n' if job else "")
+        return continues
+
+    assert [begin("smoke", "1"), begin("smoke", ""), begin("smoke", "3"), begin("smoke", "")] == ["", "1", "1", "3 1"]
+    assert begin("paper/cub", "5") == "", "it was asked for another"
+    assert begin("paper/cub", "") == "5"
+
+
+LOOP = """
+import sys
+from pathlib import Path
+
+from kfp import dsl
+
+from pipelines import catalog, local
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def wait(number: int):
+    import os, pathlib, signal, sys, time
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    pathlib.Path(f"{number}.part").write_text(str(os.getpid()))
+    os.rename(f"{number}.part", f"{number}.started")
+    try:
+        time.sleep(100)
+    finally:
+        pathlib.Path(f"{number}.ended").touch()
+
+
+@dsl.pipeline
+def loop(preset: str = "", overrides: list = []):
+    with dsl.ParallelFor([1, 2, 3, 4]) as number:
+        wait(number=number)
+
+
+catalog.RESULTS["loop"] = {}
+catalog.PIPELINES += ("loop",)
+sys.modules["pipelines.loop"] = sys.modules["__main__"]
+local.run("loop", "smoke", [], Path("out"))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_loop_that_is_stopped_ends_its_steps_and_begins_no_other(tmp_path: Path, number: int) -> None:
+    (tmp_path / "loop.py").write_text(LOOP)
+    process = subprocess.Popen([sys.executable, "loop.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("*.started"))) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "stopped. The same command starts it again." in said
+    started = sorted(path.stem for path in tmp_path.glob("*.started"))
+    assert len(started) == 2
+    assert sorted(path.stem for path in tmp_path.glob("*.ended")) == started, "the steps had time to close their runs"
+    for path in tmp_path.glob("*.started"):
+        assert not Path(f"/proc/{path.read_text()}").exists()
 
 
 def statuses(folder: Path) -> tuple[str, list[str]]:

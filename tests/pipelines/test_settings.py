@@ -110,6 +110,7 @@ def test_the_shipped_file_is_what_the_manifests_have(compiled: Compiled) -> None
         "SVIP_IMAGE": IMAGE,
         "SVIP_NAMESPACE": "svip",
         "SVIP_NODES": "1",
+        "SVIP_OUTBOX": "/work/outbox",
         "SVIP_PROCESSES": "1",
         "SVIP_TRAINING_RUNTIME": "svip",
         "SVIP_WORK": "/work/training",
@@ -198,11 +199,46 @@ def test_a_step_has_the_default_and_what_its_own_entry_changes(compiled: Compile
     assert not spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]["train"]["cachingOptions"]
 
 
-def test_training_on_several_nodes_leaves_the_gpus_to_them(compiled: Compiled) -> None:
-    spec, _ = compiled("training: {nodes: 2}\nsteps: {train: {gpus: 4, cpu: 500m}}")
-    assert container(spec, "train")["resources"] == {"cpuRequest": 0.5, "resourceCpuRequest": "500m"}
+def test_training_on_several_nodes_leaves_what_training_takes_to_them(compiled: Compiled) -> None:
+    spec, platform = compiled(
+        """
+        training: {nodes: 2}
+        steps:
+          default: {cpu: 250m, memory: 3Gi, volumes: {work: /work}}
+          train:
+            gpus: 4
+            cpu: "8"
+            memory: 64Gi
+            shm: 8Gi
+            node_selector: {gpu: a100}
+            tolerations: [{key: gpu, operator: Exists}]
+            env: {A: "1"}
+            retries: 5
+        """
+    )
+    resources = container(spec, "train")["resources"]
+    assert {key: value for key, value in resources.items() if key.startswith("resource")} == {
+        "resourceCpuRequest": "250m",
+        "resourceMemoryRequest": "3Gi",
+        "resourceMemoryLimit": "3Gi",
+    }
+    assert "accelerator" not in resources
+    pod = executors_of(platform)["exec-train"]
+    assert not {"nodeSelector", "tolerations", "emptyDirMounts"} & set(pod)
+    assert [mount["constant"] for mount in pod["pvcMount"]] == ["work"]
+    assert retries(spec, "train")["maxRetryCount"] == 5
     variables = {entry["name"]: entry["value"] for entry in container(spec, "train")["env"]}
-    assert (variables["SVIP_NODES"], variables["SVIP_PROCESSES"]) == ("2", "4")
+    wanted = {"SVIP_NODES": "2", "SVIP_PROCESSES": "4", "SVIP_NODE_CPU": "8", "SVIP_NODE_MEMORY": "64Gi", "A": "1"}
+    assert wanted.items() <= variables.items()
+
+
+def test_tuning_knows_no_nodes_and_keeps_its_gpus(compiled: Compiled) -> None:
+    spec, _ = compiled("training: {nodes: 2}\nsteps: {tune: {gpus: 4}}", name="tuning")
+    assert container(spec, "tune")["resources"]["accelerator"]["resourceCount"] == "4"
+    variables = {entry["name"]: entry["value"] for entry in container(spec, "tune")["env"]}
+    assert variables["SVIP_PROCESSES"] == "4"
+    assert "SVIP_NODES" not in variables
+    assert {"name": "SVIP_NODES", "value": "2"} in container(spec, "train")["env"]
 
 
 @pytest.mark.parametrize(

@@ -79,4 +79,5 @@ def test_two_workers_tune_and_the_best_values_are_trained_and_tested_under_one_r
     kinds = [run.data.tags["step"] for run in runs if run is not parent]
     assert sorted(kinds) == ["evaluate", "train", "trial", "trial", "trial"]
     assert parent.data.metrics["best/val/H"] == pytest.approx(best["H"])
+    assert parent.data.tags["best.trial"] == str(best["trial"]) and "optim.lr=" in parent.data.tags["best.overrides"]
     assert {"tuning.html", "report.html"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}

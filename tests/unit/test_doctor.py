@@ -68,6 +68,15 @@ def test_a_store_that_does_not_answer_is_a_problem_told_without_its_password(
     assert "secret" not in str(finding)
 
 
+@pytest.mark.parametrize("uri", ["postgresql+psycopg2://me:secret@host:port/mlflow", "http://me:secret@[::1/mlflow"])
+def test_an_address_that_is_none_is_a_problem(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = mlflow(monkeypatch, uri)
+    assert (finding.state, "secret" in str(finding)) == ("problem", False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", uri)
+    (store,) = doctor.object_store()
+    assert (store.state, "secret" in str(store)) == ("problem", False)
+
+
 def test_a_sqlite_file_may_be_new_and_must_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mlflow(monkeypatch, f"sqlite:///{tmp_path}/new.db").state == "ok"
     assert not (tmp_path / "new.db").exists()
@@ -87,6 +96,29 @@ def test_the_cpu_build_of_the_right_version_is_well(monkeypatch: pytest.MonkeyPa
     real = importlib.metadata.version
     monkeypatch.setattr(doctor, "version", lambda name: "2.14.1+cpu" if name == "torch" else real(name))
     assert {finding.state for finding in doctor.software()} == {"ok"}
+
+
+def test_svip_that_is_not_installed_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", missing)
+    python, svip = doctor.software()
+    assert (python.state, svip.name, svip.state) == ("ok", "svip", "warning")
+    assert svip.found.startswith("not installed, commit ") and "pip install -e ." in svip.fix
+
+
+@pytest.mark.parametrize("file", ["memory.max", "memory/memory.limit_in_bytes"])
+@pytest.mark.parametrize(("limit", "gib"), [(f"{3 << 29}\n", 1.5), ("max\n", None), ("9223372036854771712\n", None)])
+def test_the_limit_of_a_container_is_read_from_either_version_of_cgroups(
+    *, file: str, limit: str, gib: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CGROUPS", tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(limit)
+    (memory,) = [finding for finding in doctor.machine() if finding.name == "memory"]
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / doctor.GIB
+    assert memory.found == f"{gib or whole:.1f} GiB"
 
 
 def test_folders_that_cannot_be_written_are_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def _lines(path: str) -> list[str]:
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data (set SVIP_SHARED)")
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}; set SVIP_SHARED")
 @pytest.mark.parametrize(("dataset", "attributes", "words"), [("cub", 312, 100), ("awa2", 85, 89), ("sun", 102, 135)])
 @pytest.mark.parametrize("dimension", [50, 100])
 def test_every_word_of_the_real_attributes_is_in_glove(
@@ -214,7 +214,7 @@ def test_every_word_of_the_real_attributes_is_in_glove(
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data (set SVIP_SHARED)")
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}; set SVIP_SHARED")
 def test_without_rules_glued_words_of_awa2_are_reported_with_suggestions() -> None:
     names = names_of("awa2")
     file = SHARED / "word_vectors" / "glove.6B.50d.subset.txt"

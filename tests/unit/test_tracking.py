@@ -259,3 +259,11 @@ def test_mlflows_telemetry_is_off_before_mlflow_is_imported() -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "true\n"
+
+
+def test_a_pipeline_goes_on_with_the_run_of_the_first_one_that_has_one() -> None:
+    mine = open_run("experiment-71", "svip/cub", {})
+    assert open_run("experiment-73", "svip/cub", {}, continues="experiment-72 experiment-71") == mine
+    assert open_run("experiment-74", "svip/cub", {}, continues="experiment-72") != mine
+    for number in (73, 74):
+        close_run(f"experiment-{number}", "FAILED")

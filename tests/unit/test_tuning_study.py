@@ -114,6 +114,14 @@ def test_a_dead_workers_trial_is_seen_by_its_lock_and_its_deaths_are_counted(tmp
         assert tuned.is_running(living.number), "a worker that lives keeps its trial"
 
 
+def test_the_death_of_one_process_of_a_worker_counts_and_being_stopped_does_not(tmp_path: Path) -> None:
+    tuned = planned(tmp_path, 1)
+    for died, deaths in ((True, 1), (False, 1), (True, 2)):
+        tuned.fail(taken(tuned), died=died)
+        assert tuned.all_trials()[-1].user_attrs["deaths"] == deaths
+    assert [trial.user_attrs.get("stopped") for trial in tuned.all_trials()] == [None, True, None, None]
+
+
 def test_a_study_takes_more_trials_but_not_fewer_and_nothing_else_of_other_kind(tmp_path: Path) -> None:
     planned(tmp_path, 2)
     assert len(planned(tmp_path, 4).all_trials()) == 4
