@@ -129,7 +129,8 @@ class Containers:
                 if container.attrs["State"].get("OOMKilled"):
                     print("the container was killed: it needed more memory than it may have")
             finally:
-                container.remove(force=True)
+                with contextlib.suppress(DockerException):  # stop() may have done so, on a signal
+                    container.remove(force=True)
         except DockerException as error:
             print(f"Docker: {error}")
             return 1
