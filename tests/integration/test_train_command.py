@@ -44,7 +44,8 @@ FILES = {
 }
 """All that a training leaves; the command adds the names of its MLflow run."""
 WEIGHTS = ("model.safetensors", "select/best.safetensors")
-COMMAND_FILES = {*FILES, "run_id", "logged_run_id"}
+CHARTS = {"charts/losses.png", "charts/validation.png"}
+COMMAND_FILES = {*FILES, *CHARTS, "run_id", "logged_run_id", "made_of.json"}
 
 
 @dataclass(frozen=True)
