@@ -26,7 +26,6 @@ class Version:
     number: str
     run_id: str
     """Of the training."""
-    model_id: str
     tags: Mapping[str, str]
 
 
@@ -88,4 +87,4 @@ def set_alias(version: Version, alias: str) -> None:
 
 
 def _version(found: ModelVersion) -> Version:
-    return Version(found.name, str(found.version), found.run_id or "", found.model_id or "", dict(found.tags))
+    return Version(found.name, str(found.version), found.run_id or "", dict(found.tags))
