@@ -151,6 +151,7 @@ def _environment(out: Path) -> Iterator[None]:
     environment, executable = dict(os.environ), sys.executable
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     os.environ["SVIP_WORK"] = str(out / "work")
+    os.environ["SVIP_WORK_KEEP"] = "1"  # a later step may fail, and the next run shall not train again
     os.environ["PYTHONUNBUFFERED"] = "1"  # progress has to be seen while a step runs
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # in a log, each state of a bar is a line of its own
     os.environ.pop("MLFLOW_RUN_ID", None)  # all steps would write to that one run

@@ -49,7 +49,8 @@ def train(
     ``processes``: how many train together on a machine (0: SVIP_PROCESSES, else one for each GPU). ``nodes``: how many
     machines of a cluster (0: SVIP_NODES, else this one); more than one are a TrainJob of Kubeflow. Under torchrun, this
     process joins the others. With SVIP_WORK, a folder or s3:// address, all that a training needs to go on is kept
-    there until it has finished, so that another pod with an empty ``out`` goes on with it.
+    there until it has finished, so that another pod with an empty ``out`` goes on with it; with SVIP_WORK_KEEP=1 the
+    finished training stays there too, for a caller that removes it once all is done.
     """
     config = load_config(preset, [*overrides, *(sweep.ablation_run(run).overrides if run else [])])
     if distributed.started_by_torchrun():
@@ -101,7 +102,7 @@ def _begun(address: str) -> bool:
 
 def _result(place: Place, out: str, elsewhere: bool) -> dict[str, Any]:
     if elsewhere:
-        place.hand_over(Path(out))
+        place.hand_over(Path(out), keep=os.environ.get("SVIP_WORK_KEEP") == "1")
         place = Place(out)
     validation = json.loads(place.read("model.json"))["validation"] or {}
     run_id = place.read("run_id").strip()

@@ -77,14 +77,16 @@ class Place:
             return read_bytes(f"{self.address}/{name}").decode()
         return (self.folder / name).read_text(encoding="utf-8")
 
-    def hand_over(self, out: Path) -> None:
-        """Copy the finished training to ``out``, then remove it here."""
+    def hand_over(self, out: Path, keep: bool = False) -> None:
+        """Copy the finished training to ``out``, then remove it here, unless it is to be kept."""
         if self._known is None:
             self.fetch()
         files = sorted(self._files(), key=lambda name: name == "model.json")  # which says that all is there
         for name in files:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out / name, partial(shutil.copyfile, self.folder / name))
+        if keep:
+            return
         if self.remote:
             for name in reversed(files):
                 s3.remove(f"{self.address}/{name}")

@@ -20,6 +20,7 @@ from svip.data import s3
 from svip.data.bundle import Bundle
 from svip.data.sources import Interrupted
 from svip.semantics.vectors import Embedding, write_embedding
+from svip.training import loop
 from svip.training.work import Place, workplace
 
 OPTIONS = [*TINY, "train.checkpoint_steps=3"]
@@ -146,6 +147,18 @@ def test_a_training_that_was_handed_over_in_part_is_handed_over_again(
     monkeypatch.setattr("svip.training.loop.train_step", None)  # not one step again
     train(inputs, tmp_path / "run")
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_finished_training_that_is_kept_is_not_made_again_for_the_next_run_of_a_pipeline(
+    inputs: tuple[Bundle, Path], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVIP_WORK", str(tmp_path / "work"))
+    monkeypatch.setenv("SVIP_WORK_KEEP", "1")
+    first = train(inputs, tmp_path / "one", parent_run_id=PARENT)
+    monkeypatch.setattr(loop, "train_step", None)
+    assert train(inputs, tmp_path / "two", parent_run_id=PARENT) == first
+    assert_same(tmp_path / "one", tmp_path / "two")
+    assert_same(tmp_path / "two", whole)
 
 
 @pytest.mark.slow
