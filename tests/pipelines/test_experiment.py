@@ -202,7 +202,7 @@ def test_a_small_run_leaves_a_report_numbers_a_checkpoint_and_closed_runs(odd_fo
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
     children = {run.info.run_name: run for run in runs if run not in parents}
-    changed = "depth=1 embed_dim=32 num_heads=2 hidden=8 epochs=1"
+    changed = "embed_dim=32 depth=1 num_heads=2 hidden=8 epochs=1"
     assert parents[0].info.run_name == f"experiment smoke {changed}"
     assert set(children) == {f"train-svip {changed}", f"evaluate-svip {changed}"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parents[0].info.run_id}

@@ -51,6 +51,8 @@ def test_the_files_that_a_configuration_names_are_seen_and_addresses_and_names_a
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for variable in containers.NAME_FILES:
+        monkeypatch.delenv(variable, raising=False)
     (tmp_path / "tables").mkdir()
     for name in ("glove.zip", "tables/images.csv", "vit.safetensors", "mine.yaml"):
         (tmp_path / name).touch()
