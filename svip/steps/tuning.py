@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -11,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from svip import tracking
-from svip.config import Config, flatten, load_config
+from svip.config import Config, flatten, load_config, to_yaml
+from svip.semantics.vectors import vectors_sha256
 from svip.steps.inputs import open_inputs
 from svip.steps.runs import experiment_of
 from svip.training import distributed
-from svip.training.checkpoint import AFTER_TRAINING, write_config, write_json
+from svip.training.checkpoint import AFTER_TRAINING
 from svip.training.launch import launch, processes_for
 from svip.tuning.dashboard import show_dashboard
 from svip.tuning.launch import run_workers
@@ -150,7 +148,7 @@ def _work(bundle: str, vectors: str, folder: Path, config: Config, max_errors: i
     record, space = _read(folder)
     data, embedding = open_inputs(config, record["preset"], bundle, vectors)
     opened, work = _open(folder, storage)
-    now = {"bundle_sha256": data.sha256, "words_sha256": _sha256(embedding.vectors)}
+    now = {"bundle_sha256": data.sha256, "words_sha256": vectors_sha256(embedding.vectors)}
     if now != {key: getattr(opened.settings, key) for key in now}:
         raise TuningError(f"study {opened.name} was begun with another bundle or other word vectors than these")
     base, trials = folder / "config.yaml", work / "trials"
@@ -209,7 +207,7 @@ def _plan(
         config={key: value for key, value in flatten(config).items() if not key.startswith(FREE)},
         space=_plain([vars(parameter) for parameter in parameters]),
         bundle_sha256=data.sha256,
-        words_sha256=_sha256(embedding.vectors),
+        words_sha256=vectors_sha256(embedding.vectors),
         sampler=sampler,
         pruner=pruner,
         seed=seed,
@@ -237,8 +235,8 @@ def _plan(
         if begun:
             (out / "study.json").unlink()
         raise
-    write_config(out, config)
-    write_json(out / "study.json", record)
+    _replace(out / "config.yaml", to_yaml(config))
+    _replace(out / "study.json", json.dumps(record, indent=2) + "\n")
     first = own_values(parameters, config)
     if first is None:
         log.info("the preset's own values lie outside of the search space, so no trial tries them")
@@ -257,6 +255,16 @@ def _begin(path: Path, record: dict[str, Any]) -> bool:
     finally:
         part.unlink(missing_ok=True)
     return True
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole, under a temporary name of its own: another machine may be doing the same."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _open(folder: Path, storage: str = "") -> tuple[Study, Path]:
@@ -310,7 +318,3 @@ def _result(study: Study, out: Path) -> dict[str, Any]:
 def _plain(content: Any) -> Any:
     """As JSON gives it back."""
     return json.loads(json.dumps(content))
-
-
-def _sha256(words: NDArray[Any]) -> str:
-    return hashlib.sha256(words.tobytes()).hexdigest()
