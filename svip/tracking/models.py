@@ -16,7 +16,7 @@ from svip.tracking.delivery import handles, known_id
 from svip.tracking.inputs import Data
 from svip.tracking.outbox import Journal, now
 from svip.tracking.runs import Tracker
-from svip.tracking.store import first_line, is_away, run_exists
+from svip.tracking.store import first_line, is_away, run_exists, use_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,7 +66,7 @@ def _log_model(client: MlflowClient, run_id: str, checkpoint: Path, name: str) -
     with (checkpoint / "model.safetensors").open("rb") as file:  # FileNotFoundError, where it was removed meanwhile
         tag = {WEIGHTS_TAG: hashlib.file_digest(file, "sha256").hexdigest()}
     package = Path(svip.__file__).parent
-    mlflow.set_tracking_uri(client.tracking_uri)  # Model.log knows no other way
+    use_store(client)  # for Model.log
     # Model.log would put it in MLflow's default experiment, not in the run's.
     run = client.get_run(run_id)
     experiment = run.info.experiment_id

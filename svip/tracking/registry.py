@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from svip.tracking.store import client_of, reaching_the_store, tracking_uri
+from svip.tracking.store import client_of, reaching_the_store, tracking_uri, use_store
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -59,6 +59,7 @@ def register_version(name: str, model_id: str, run_id: str) -> Version:
     client = client_of(tracking_uri())
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
+    use_store(client)  # create_model_version looks the model up there
     version = _version(client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id))
     # so that the model's own page knows of its versions, as after mlflow.register_model
     versions = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))

@@ -123,6 +123,13 @@ def client_of(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
+def use_store(client: MlflowClient) -> None:
+    """Let MLflow's own functions that take no client use this one's store: to them its address is a global."""
+    import mlflow
+
+    mlflow.set_tracking_uri(client.tracking_uri)
+
+
 def check_address(uri: str) -> None:
     """Raises what MLflow says of an address of a kind that it doesn't know; a database's server isn't asked yet."""
     import mlflow  # noqa: F401  # which takes seconds: no part of the time that a server has to answer

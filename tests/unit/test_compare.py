@@ -182,7 +182,7 @@ def test_a_run_goes_by_its_id_its_beginning_or_its_name(experiment: tuple[str, l
     runs = experiment[1]
     assert [run.run_id for run in evaluations_of([runs[0], runs[2][:12], runs[0][:12]])] == [runs[0], runs[2]]
     assert evaluations_of(["evaluate-svip model.selected_groups=4"])[0].run_id == runs[2]
-    with pytest.raises(TrackingError, match=rf"'evaluate-svip' fits 2 runs; .*{runs[0][:8]} \(evaluate-svip, 20"):
+    with pytest.raises(TrackingError, match=rf"'evaluate-svip' fits [0-9]+ runs; .*{runs[0][:8]} \(evaluate-svip, 20"):
         evaluations_of(["evaluate-svip"])
     with pytest.raises(TrackingError, match="no run with the id or name .it's me.; its latest runs: .*"):
         evaluations_of(["it's me"])
