@@ -15,6 +15,7 @@ import docker
 import pytest
 import torch
 from docker import DockerClient
+from mlflow import MlflowClient
 
 from benchmarks.docker_engine import built_image, running_engine
 from benchmarks.postgres import find_postgres, postgres_server
@@ -83,10 +84,18 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def store_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The MLflow SQLite file of the whole session (its tables take seconds): no test writes to the user's own."""
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow SQLite file with its tables, which take seconds to make."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store_file(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The MLflow SQLite file of one file of tests: none writes to the user's own, or depends on other files' runs."""
+    path = Path(shutil.copy(empty_store, tmp_path_factory.mktemp("mlflow")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
         patch.setenv("SVIP_OUTBOX", str(path.with_name("outbox")))
@@ -96,7 +105,7 @@ def store_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def store(store_file: Path) -> str:
-    """URI of the MLflow store; tests share it, so they read back their own runs only."""
+    """URI of the MLflow store; a file's tests share it, so they read back their own runs only."""
     return f"sqlite:///{store_file}"
 
 

@@ -32,8 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def inputs(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, store_file: Path) -> list[str]:
-    MlflowClient(f"sqlite:///{store_file}").search_experiments()  # which makes its tables, before several do so at once
+def inputs(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     words = tmp_path_factory.mktemp("words") / "words"
     vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
     write_embedding(Embedding(vectors, bundle.attribute_names, {}), words)
