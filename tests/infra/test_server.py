@@ -27,7 +27,8 @@ from compose import copy_infra, make_env, services
 from manifests import INFRA, build, named
 
 from benchmarks.postgres import find_postgres, postgres_server
-from benchmarks.s3server import find_weed, free_ports
+from benchmarks.ports import free_ports
+from benchmarks.s3server import find_weed
 from svip import tracking
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.ui import WebDriverWait
 from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
 
+from benchmarks.ports import free_port
 from svip import steps
 from svip.config import load_config, to_yaml
 from svip.semantics.vectors import Embedding, write_embedding
@@ -93,9 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @contextmanager
 def served(uri: str, log: Path) -> Iterator[str]:
     """MLflow's server on a free port of this machine; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with log.open("w") as file:

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from fake_kubernetes import NAMESPACE, kubernetes
 from mlflow import MlflowClient
-from ranks import free_port
 from safetensors.torch import load_file
 from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
 
 import svip
+from benchmarks.ports import free_port
 from benchmarks.s3server import KEYS
 from svip import steps, trainjob
 from svip.data import s3
