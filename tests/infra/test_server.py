@@ -26,8 +26,8 @@ import pytest
 from compose import copy_infra, make_env, services
 from manifests import INFRA, build, named
 
-from benchmarks.postgres import find_postgres, postgres_server
 from benchmarks.ports import free_ports
+from benchmarks.postgres import find_postgres, postgres_server
 from benchmarks.s3server import find_weed
 from svip import tracking
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import requests
 from mlflow import MlflowClient
@@ -25,12 +24,11 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.ui import WebDriverWait
-from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
+from small_training import IMAGE_ROLES, TINY, write_bundle, write_vectors
 
 from benchmarks.ports import free_port
 from svip import steps
 from svip.config import load_config, to_yaml
-from svip.semantics.vectors import Embedding, write_embedding
 
 pytestmark = pytest.mark.slow
 
@@ -72,8 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     uri, preset = f"sqlite:///{folder}/mlflow.db", str(folder / "tiny.yaml")
     Path(preset).write_text(to_yaml(load_config("smoke", [*TINY, "optim.epochs=2"])))
     bundle = write_bundle(folder / "bundle", ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder / "words")
+    write_vectors(folder / "words", bundle)
     data, parents = str(bundle.path), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
