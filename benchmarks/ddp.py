@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import arguments, markdown, publish
+from benchmarks.ports import free_port
 from svip.config import Config, load_config
 from svip.models.svip import SVIP
 from svip.training import distributed
@@ -80,11 +80,8 @@ def by_the_clock(rank: int, world: int, threads: int, config: Config, steps: int
 
 def run(work: Callable[..., None], processes: int, *settings: Any) -> Any:
     """What ``work`` answers, in so many new processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     answer = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(work, (*settings, port, answer), nprocs=processes, start_method="spawn")
+    mp.start_processes(work, (*settings, free_port(), answer), nprocs=processes, start_method="spawn")
     return answer.get()
 
 

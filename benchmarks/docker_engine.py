@@ -7,7 +7,6 @@ import contextlib
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 import docker
 import pytest
 from docker.errors import DockerException
+
+from benchmarks.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 SOCKET = "unix:///var/run/docker.sock"
@@ -164,9 +165,3 @@ def make_wheels(folder: Path) -> None:
     command += ["--constraint", "constraints.txt", "--requirement", str(folder / "requirements.txt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

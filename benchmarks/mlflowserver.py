@@ -14,10 +14,7 @@ from typing import Self
 
 import requests
 
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+from benchmarks.ports import free_port
 
 
 class Server:

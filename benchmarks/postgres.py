@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from benchmarks.s3server import free_ports
+from benchmarks.ports import free_port
 
 USER = "tester"
 FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB")
@@ -39,7 +39,7 @@ def postgres_server() -> Iterator[str]:
     programs = find_postgres()
     if programs is None:
         raise RuntimeError("no PostgreSQL server: apt-get install postgresql")
-    password, (port,), owner = secrets.token_hex(16), free_ports(1), _owner()
+    password, port, owner = secrets.token_hex(16), free_port(), _owner()
     with tempfile.TemporaryDirectory(prefix="svip-postgres-") as name:
         folder = Path(name)
         (folder / "password").write_text(password)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+
+from benchmarks.ports import free_ports
 
 KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 """What the environment must hold to use it."""
@@ -63,11 +64,3 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
         else:
             return
     raise RuntimeError(f"the S3 server did not start:\n{log.read_text()[-2000:]}")
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:  # all at once, so that they differ
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]

@@ -24,6 +24,7 @@ from svip.data.errors import DataError
 from svip.data.images import square
 from svip.data.new_classes import parse_new_classes
 from svip.data.photos import decode, upright
+from svip.evaluation.calibration import ranking
 from svip.evaluation.inference import autocast, choose_device, deciding, distinctions
 from svip.models.svip import SVIP, Prediction
 from svip.training.checkpoint import load_model, read_classes, read_info, write_atomically, write_text
@@ -141,7 +142,7 @@ class Predictor:
             attributes, selected = prediction.attributes.cpu(), prediction.selected.cpu()
             scores = self.model.class_scores(attributes, torch.from_numpy(matrix)).numpy() - self.gamma * seen  # [B, C]
             for k, view in enumerate(views[start : start + size]):
-                best = np.lexsort((seen, -scores[k]))[:top]  # unseen classes get the ties, as in evaluation
+                best = ranking(scores[k], seen)[:top]
                 shares = np.exp(scores[k] - scores[k].max())
                 patches = _patches(prediction, k, grid)
                 classes = [

@@ -49,11 +49,12 @@ def read_custom(data: DataConfig) -> tuple[Listing, Path]:
     if without:
         raise DataError(f"{data.attributes}: no image of {', '.join(without[:10])} in {data.images}; leave it out")
     class_roles = _class_roles(classes, images, data)
+    if "role" in images:
+        refuse(data.images, list(_contradictions(images, class_roles)))
     _check_class_roles(class_roles, data.attributes)
     ids = {name: class_id for class_id, name in enumerate(names)}
     listed = pd.DataFrame({"path": images["path"], "class_id": images["class"].map(ids)})
     if "role" in images:
-        refuse(data.images, list(_contradictions(images, class_roles)))
         listed["part"] = images["role"].where(~images["role"].isin(TRAINVAL), "trainval")
         if "trainval" not in set(images["role"]):
             listed["role"] = images["role"]
@@ -79,10 +80,12 @@ def _read_classes(file: Path) -> pd.DataFrame:
     """class, perhaps split (as a class role), and the attributes as float32."""
     table = read_table(file)
     attributes = [name for name in table.header if name not in ("class", "split")]
-    refuse(table.source, list(column_problems(table.header, ["class"], ["split", *attributes])))
-    if not attributes or "" in attributes:
-        raise DataError(f"{file}: expected, besides class and split, a named column of numbers for each attribute")
-    refuse(table.source, list(class_problems(table, "class", ["split"])))
+    expected = ". Expected columns: class, a column of numbers for each attribute, and perhaps split"
+    refuse(table.source, list(column_problems(table.header, ["class"], ["split", *attributes])), expected)
+    if not attributes:
+        raise DataError(f"{file}: no attributes{expected}")
+    not_images = ". Is this the table of images (--images)?" if "path" in attributes else ""
+    refuse(table.source, list(class_problems(table, "class", ["split"])), not_images)
     frame = table.frame()
     frame[attributes] = frame[attributes].astype(np.float32)
     twins = frame[frame.duplicated(attributes, keep=False)]
@@ -97,7 +100,8 @@ def _read_classes(file: Path) -> pd.DataFrame:
 def _read_images(file: Path) -> pd.DataFrame:
     """path, class, perhaps role, and where each row stands."""
     table = read_table(file)
-    refuse(table.source, list(column_problems(table.header, ["path", "class"], ["role"])))
+    expected = ". Expected columns: path, class, and perhaps role"
+    refuse(table.source, list(column_problems(table.header, ["path", "class"], ["role"])), expected)
     refuse(table.source, list(_image_problems(table)))
     frame = table.frame()
     frame["path"] = frame["path"].map(_normal)

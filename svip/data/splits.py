@@ -214,7 +214,9 @@ def check_split(split: Split, data: DataConfig) -> None:
     for role in ROLES:
         if not (split.images["role"] == role).any():
             hint = "try more photos, a larger data.val_seen_fraction or another data.fold"
-            if role.startswith("test") and data.split == "standard":
+            if data.dataset == "custom":
+                hint = "list more photos of each class, or give it to some where the table has a column role"
+            elif role.startswith("test") and data.split == "standard":
                 hint = "set data.split=development for a whole zero-shot problem inside the trainval photos"
             raise DataError(f"no photo is left for the role {role}; {hint}")
 

@@ -42,7 +42,7 @@ def read_table(path: Path) -> Table:
         content = path.read_bytes()
         frame = pd.read_parquet(io.BytesIO(content)) if path.suffix == ".parquet" else None
     except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        raise DataError(f"can't read the table {path}: {error}") from error
+        raise DataError(f"can't read the table {path}: {getattr(error, 'strerror', None) or error}") from error
     if frame is None:
         return parse_csv(content, str(path))
     if frame.empty:
@@ -60,7 +60,10 @@ def parse_csv(content: bytes, source: str) -> Table:
         raise DataError(f"{source} is not a CSV in UTF-8 ({error}); save it as such") from error
     if len(lines) < 2:
         raise DataError(f"{source}: expected a header, and a line for each entry")
-    return Table(source, lines[0][1], lines[1:])
+    header = lines[0][1]
+    if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), "")):
+        raise DataError(f"{source}: its cells are separated by {mark!r}; save it with commas, and numbers with points")
+    return Table(source, header, lines[1:])
 
 
 def refuse(source: str, problems: Sequence[str], hint: str = "") -> None:
@@ -71,10 +74,12 @@ def refuse(source: str, problems: Sequence[str], hint: str = "") -> None:
 
 
 def column_problems(header: Sequence[str], wanted: Sequence[str], optional: Sequence[str] = ()) -> Iterator[str]:
-    """Columns that stand there twice, are unknown (with the nearest match) or missing."""
+    """Columns that have no name, stand there twice, are unknown (with the nearest match) or missing."""
     known = [*wanted, *optional]
     for column, count in Counter(header).items():
-        if column not in known:
+        if not column:
+            yield f"column {header.index(column) + 1} has no name; leave it out, or name it"
+        elif column not in known:
             yield f"unknown column {column!r}{nearest(column, known)}"
         elif count > 1:
             yield f"column {column!r} stands there {count} times"

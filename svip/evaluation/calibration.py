@@ -80,3 +80,8 @@ def answers_at(gamma: float, scores: NDArray[np.floating], is_unseen: NDArray[np
     best_seen, seen_score = best_among(scores, ~is_unseen)
     best_unseen, unseen_score = best_among(scores, is_unseen)
     return np.where(seen_score - unseen_score <= gamma, best_unseen, best_seen)
+
+
+def ranking(calibrated: NDArray[np.floating], is_seen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Class ids [C], best first, of one image's scores [C] after gamma; where they tie, unseen classes come first."""
+    return np.lexsort((is_seen, -calibrated))

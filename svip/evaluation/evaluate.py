@@ -21,7 +21,7 @@ from svip.config import Config, flatten, variant
 from svip.data.bundle import TRAINVAL, Bundle
 from svip.data.images import square
 from svip.evaluation import eszsl
-from svip.evaluation.calibration import SeenUnseenCurve
+from svip.evaluation.calibration import SeenUnseenCurve, answers_at, best_among, ranking
 from svip.evaluation.charts import evaluation_charts
 from svip.evaluation.inference import Predictions, choose_device, deciding, distinctions, frozen_features, predict
 from svip.evaluation.metrics import chance, per_class_accuracy, published_metrics, zero_shot_metrics
@@ -252,21 +252,21 @@ def _examples(model: SVIP, config: Config, bundle: Bundle, evaluation: Path, gam
         rows, labels, scores, selected, attributes = (
             stored[name] for name in ("rows", "labels", "scores", "selected", "attributes")
         )
-    is_unseen = np.isin(labels, bundle.classes_with("test_unseen"))
-    calibrated = scores - gamma * ~np.isin(np.arange(scores.shape[1]), bundle.classes_with("test_unseen"))
-    halves = [np.flatnonzero(is_unseen == unseen) for unseen in (True, False)]
+    is_seen = ~np.isin(np.arange(scores.shape[1]), bundle.classes_with("test_unseen"))
+    calibrated = scores - gamma * is_seen
+    halves = [np.flatnonzero(is_seen[labels] == seen) for seen in (False, True)]
     chosen = np.concatenate([half[np.linspace(0, len(half) - 1, EXAMPLES // 2).astype(int)] for half in halves])
     distinctive = distinctions(bundle.class_attributes, bundle.class_attributes)
     examples = []
     for k in chosen:
         row = int(rows[k])
-        best = np.argsort(-calibrated[k])[:3]
+        best = ranking(calibrated[k], is_seen)[:3]
         decided = deciding(attributes[k], distinctive[best[0]], 3)
         examples.append(
             Example(
                 image=_view(config, bundle.image(row)),
                 name=bundle.class_names[labels[k]],
-                role="unseen" if is_unseen[k] else "seen",
+                role="seen" if is_seen[labels[k]] else "unseen",
                 selected=selected[k].reshape(model.group_grid),
                 predictions=[(bundle.class_names[c], float(calibrated[k, c]), bool(c == labels[k])) for c in best],
                 mask=None if bundle.mask(row) is None else _mask_view(config, bundle, row),
@@ -282,9 +282,8 @@ def _per_class(
     """One row a class: accuracy (percent) among the classes of its own kind, and among all at ``gamma``."""
     classes = len(bundle.classes)
     is_unseen = np.isin(np.arange(classes), unseen)
-    own = np.where(is_unseen[labels][:, None] == is_unseen[None], scores, -np.inf).argmax(1)
-    order = np.argsort(~is_unseen, kind="stable")  # unseen first: argmax gives them the ties, as the curve does
-    among_all = order[(scores - gamma * ~is_unseen)[:, order].argmax(1)]
+    own = np.where(is_unseen[labels], best_among(scores, is_unseen)[0], best_among(scores, ~is_unseen)[0])
+    among_all = answers_at(gamma, scores, is_unseen)
     table = pd.DataFrame(
         {
             "class": bundle.class_names,

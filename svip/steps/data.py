@@ -15,6 +15,7 @@ from svip.data.sources import is_remote
 from svip.semantics.attributes import attribute_phrases, read_rules, shipped_rules
 from svip.semantics.vectors import embed_attributes as look_up
 from svip.semantics.vectors import write_embedding
+from svip.steps.inputs import check_made_with
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,13 @@ def push_bundle(bundle: str, to: str) -> str:
 
 
 def embed_attributes(bundle: str, out: str, preset: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Look up the attributes' word vectors and write vectors.npy [A, V] and report.json to ``out``; the report."""
+    """Look up the attributes' word vectors and write vectors.npy [A, V] and report.json to ``out``; the report.
+
+    ValueError for the preset of another data set than the bundle's.
+    """
     config = load_config(preset, overrides)
     data = open_bundle(bundle)
+    check_made_with({"dataset": data.info["dataset"]}, config, preset, bundle)
     names = data.attribute_names
     vectors = config.semantics.vectors or str(data.path / "word_vectors.txt")
     if config.semantics.vectors is None and not Path(vectors).exists():

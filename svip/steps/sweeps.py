@@ -11,6 +11,7 @@ from typing import Any
 from svip import sweep, tracking
 from svip.config import Config, flatten, load_config
 from svip.data.bundle_cache import open_bundle
+from svip.data.transfer import locked
 from svip.evaluation import comparison
 from svip.semantics.vectors import read_embedding
 from svip.steps.model import evaluate
@@ -150,7 +151,7 @@ def _sweep(
     overrides: Sequence[str],
     parent_run_id: str,
 ) -> str:
-    """Work off a sweep under one MLflow run, which is opened again when it goes on.
+    """Work off a sweep under one MLflow run, which is opened again when it goes on; one process at a time does.
 
     ``write`` makes its table, anew after each of its runs.
     """
@@ -191,7 +192,7 @@ def _sweep(
 
     tags = {"preset": preset, "bundle_sha256": data.sha256, "step": name}
     experiment = experiment_of(load_config(preset, overrides))
-    with run_of_folder(directory, experiment, name, parent_run_id, tags) as parent:
+    with locked(directory), run_of_folder(directory, experiment, name, parent_run_id, tags) as parent:
         try:
             with tracking.runs_of_their_own():
                 sweep.work([run for run in runs if homes[run][0] is run], is_finished, execute, show)

@@ -15,19 +15,13 @@ import pytest
 from docker import DockerClient
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from tiny_model import TINY
 
 from pipelines.containers import LABEL
 from svip.data.bundle import read_bundle
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
-TINY = [
-    "model.backbone_args.depth=1",
-    "model.backbone_args.embed_dim=32",
-    "model.backbone_args.num_heads=2",
-    "model.hidden=8",
-    "optim.epochs=1",
-    "train.workers=1",
-]
+OPTIONS = [*TINY, "train.workers=1"]
 
 
 def command(arguments: list[str]) -> list[str]:
@@ -67,7 +61,7 @@ def test_the_whole_experiment_leaves_the_outputs_of_every_step(
     work = tmp_path / "my work"
     work.mkdir()
     settings["MLFLOW_TRACKING_URI"] = f"sqlite:///{outside}/mlflow.db"
-    done = svip(["--out", "out", *TINY], work, settings)
+    done = svip(["--out", "out", *OPTIONS], work, settings)
     assert done.returncode == 0, done.stdout + done.stderr
     out = work / "out"
     (folder,) = (out / "kfp").iterdir()
@@ -102,7 +96,7 @@ def test_the_whole_experiment_leaves_the_outputs_of_every_step(
 def test_a_failing_step_is_named_with_its_log(
     docker_client: DockerClient, settings: dict[str, str], tmp_path: Path
 ) -> None:
-    done = svip(["--out", "out", "semantics.vectors=missing.txt", *TINY], tmp_path, settings)
+    done = svip(["--out", "out", "semantics.vectors=missing.txt", *OPTIONS], tmp_path, settings)
     assert done.returncode == 1
     said = done.stdout + done.stderr
     assert "step 'embed-attributes' failed" in said
@@ -117,7 +111,7 @@ def test_a_stopped_pipeline_stops_its_container_and_marks_its_run_killed(
 ) -> None:
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
-            command(["--out", "out", *TINY]), cwd=tmp_path, env=settings, stdout=said, stderr=said
+            command(["--out", "out", *OPTIONS]), cwd=tmp_path, env=settings, stdout=said, stderr=said
         )
         try:
             wait_for(lambda: "== prepare-data" in (tmp_path / "said").read_text())

@@ -11,18 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from docker import DockerClient
+from tiny_model import TINY
 
 from benchmarks.docker_engine import environment
 from svip.data.bundle import read_bundle
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
-TINY = [
-    "model.backbone_args.depth=1",
-    "model.backbone_args.embed_dim=32",
-    "model.backbone_args.num_heads=2",
-    "model.hidden=8",
-    "optim.epochs=1",
-]
 SOMEBODY = 4242
 """A user that no file of the image knows."""
 

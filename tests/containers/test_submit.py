@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_user import TINY, TRACKED, Cluster
+from cluster_user import OPTIONS, TRACKED, Cluster
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -22,7 +22,7 @@ def cluster(engine: str, image: str, tmp_path: Path) -> Iterator[Cluster]:
 
 
 def test_success_is_reported_and_every_task_left_its_outputs(cluster: Cluster) -> None:
-    done = cluster.svip("submit", "experiment", "--cluster", "cluster.yaml", "--wait", *TINY)
+    done = cluster.svip("submit", "experiment", "--cluster", "cluster.yaml", "--wait", *OPTIONS)
     assert done.code == 0, done.out + done.err + "\n".join(cluster.last.log())
     assert done.out.endswith(f"run {cluster.last.id} succeeded\n")
     (folder,) = (path for path in (cluster.last.folder / "artifacts").iterdir() if path.is_dir())
@@ -45,7 +45,7 @@ def test_success_is_reported_and_every_task_left_its_outputs(cluster: Cluster) -
 
 def test_failure_is_reported_with_its_step(cluster: Cluster) -> None:
     changes = ["data.dataset=cub", "data.root=nowhere"]
-    done = cluster.svip("submit", "experiment", "--cluster", "cluster.yaml", "--wait", *TINY, *changes)
+    done = cluster.svip("submit", "experiment", "--cluster", "cluster.yaml", "--wait", *OPTIONS, *changes)
     assert done.code == 1
     assert f"error: run {cluster.last.id} failed in prepare-data: " in done.err
     assert " train: " not in done.out

@@ -26,8 +26,9 @@ import pytest
 from compose import copy_infra, make_env, services
 from manifests import INFRA, build, named
 
+from benchmarks.ports import free_ports
 from benchmarks.postgres import find_postgres, postgres_server
-from benchmarks.s3server import find_weed, free_ports
+from benchmarks.s3server import find_weed
 from svip import tracking
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.ports import free_port
 from svip.training import distributed
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def together(world: int, folder: Path, function: Callable[[], Any], join: bool = True) -> list[Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from svip.data.bundle import Bundle, BundleWriter
+from svip.semantics.vectors import Embedding, write_embedding
 
 SIZE, ATTRIBUTES = 16, 6
 CLASS_ROLES = ["train"] * 4 + ["val_unseen"] * 2 + ["test_unseen"] * 2
@@ -52,3 +53,10 @@ def write_bundle(path: Path, image_roles: Mapping[str, Sequence[str]], other_tes
         attributes = pd.DataFrame(matrix, columns=[f"has::{i}" for i in range(ATTRIBUTES)])
         info = {"dataset": "synthetic", "split": "standard", "fold": 1}
         return writer.finish(pd.concat([names, attributes], axis=1), info)
+
+
+def write_vectors(folder: Path, bundle: Bundle, seed: int = 1) -> Path:
+    """Random attribute vectors for a bundle, as ``svip embed-attributes`` leaves them."""
+    vectors = np.random.default_rng(seed).normal(size=(len(bundle.attribute_names), 7)).astype(np.float32)
+    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder)
+    return folder

@@ -12,14 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
+from small_training import IMAGE_ROLES, TINY, write_bundle, write_vectors
 
 from svip.data.bundle import Bundle
-from svip.semantics.vectors import Embedding, write_embedding
 
 pytestmark = pytest.mark.slow
 EPOCHS = 3
@@ -34,8 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def inputs(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     words = tmp_path_factory.mktemp("words") / "words"
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), words)
+    write_vectors(words, bundle)
     return ["train", f"--bundle={bundle.path}", f"--vectors={words}", "--no-log-model"]
 
 

@@ -12,12 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
-
-from svip.semantics.vectors import Embedding, write_embedding
+from small_training import IMAGE_ROLES, TINY, write_bundle, write_vectors
 
 pytestmark = pytest.mark.slow
 EPOCHS = 12
@@ -87,8 +84,7 @@ def progress(state: Path) -> tuple[int, int]:
 
 def test_a_node_that_dies_costs_seconds_and_no_epoch(nodes: list[str], tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", IMAGE_ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), tmp_path / "words")
+    write_vectors(tmp_path / "words", bundle)
     out = tmp_path / "run"
     arguments = ["train", f"--bundle={bundle.path}", f"--vectors={tmp_path / 'words'}", f"--out={out}", *TINY]
     arguments += ["--no-log-model", "train.select=false", "train.checkpoint_steps=1", f"optim.epochs={EPOCHS}"]

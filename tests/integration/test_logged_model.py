@@ -8,7 +8,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from benchmarks.ports import free_port
 from svip.config import load_config
 from svip.models.svip import SVIP
 from svip.predict import Predictor
@@ -175,9 +175,7 @@ def test_it_loads_with_the_code_that_it_carries(logged: tuple[str, str], tmp_pat
 
 @pytest.mark.slow
 def test_mlflow_serves_it(checkpoint: Path, logged: tuple[str, str], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", logged[0], "--env-manager", "local"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with (tmp_path / "log").open("w") as log:

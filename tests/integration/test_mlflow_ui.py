@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import requests
 from mlflow import MlflowClient
@@ -26,11 +24,11 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.ui import WebDriverWait
-from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
+from small_training import IMAGE_ROLES, TINY, write_bundle, write_vectors
 
+from benchmarks.ports import free_port
 from svip import steps
 from svip.config import load_config, to_yaml
-from svip.semantics.vectors import Embedding, write_embedding
 
 pytestmark = pytest.mark.slow
 
@@ -72,8 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     uri, preset = f"sqlite:///{folder}/mlflow.db", str(folder / "tiny.yaml")
     Path(preset).write_text(to_yaml(load_config("smoke", [*TINY, "optim.epochs=2"])))
     bundle = write_bundle(folder / "bundle", ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder / "words")
+    write_vectors(folder / "words", bundle)
     data, parents = str(bundle.path), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -93,9 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @contextmanager
 def served(uri: str, log: Path) -> Iterator[str]:
     """MLflow's server on a free port of this machine; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with log.open("w") as file:

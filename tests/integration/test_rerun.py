@@ -16,14 +16,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
+from small_training import IMAGE_ROLES, TINY, write_bundle, write_vectors
 from typer.testing import CliRunner
 
 from svip import steps, tracking
 from svip.cli import app
 from svip.config import flatten, from_yaml, load_config
 from svip.data.bundle import Bundle
-from svip.semantics.vectors import Embedding, write_embedding
 from svip.steps.reruns import RerunError, agreements, differences
 from svip.tracking import TrackingError
 
@@ -41,12 +40,6 @@ class Experiment:
     parent: str
     train: str
     evaluate: str
-
-
-def write_vectors(folder: Path, bundle: Bundle, seed: int = 1) -> Path:
-    vectors = np.random.default_rng(seed).normal(size=(ATTRIBUTES, 5)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

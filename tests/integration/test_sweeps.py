@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from small_training import ATTRIBUTES, TINY, write_bundle
+from small_training import TINY, write_bundle, write_vectors
 
 from svip import steps
 from svip.config import Config, load_config, to_yaml
 from svip.data.bundle import Bundle
-from svip.semantics.vectors import Embedding, write_embedding
 from svip.steps import training as training_step
 from svip.sweep import FailedRuns
 from svip.training.loop import Log
@@ -34,8 +36,7 @@ Ablate = Callable[..., str]
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
     bundle = write_bundle(folder / "bundle", IMAGE_ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder / "words")
+    write_vectors(folder / "words", bundle)
     return str(bundle.path), str(folder / "words")
 
 
@@ -93,6 +94,27 @@ def test_it_trains_each_variant_with_each_seed_under_one_run_and_then_nothing_mo
     assert times(tmp_path) == before
     assert not [record for record in caplog.records if record.message.startswith("run ")]
     assert (tmp_path / "out" / "ablation.md").exists(), "the table is made anew"
+
+
+def test_a_second_process_waits_for_the_first_and_then_goes_on(
+    ablate: Ablate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = "import sys; from pathlib import Path; from svip.data.transfer import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with (
+        ThreadPoolExecutor(1) as second,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first,
+    ):
+        assert first.stdin and first.stdout and first.stdout.readline() == b"at work\n"
+        page = second.submit(ablate, tmp_path / "out", variants=("full",))
+        deadline = time.monotonic() + 60
+        while not any("another process is at work on" in record.message for record in caplog.records):
+            assert time.monotonic() < deadline and not page.done()
+            time.sleep(0.05)
+        assert not (tmp_path / "out").exists()
+        first.stdin.close()
+        assert Path(page.result()).exists()
 
 
 def test_other_protocols_are_evaluated_and_nothing_is_trained_again(ablate: Ablate, tmp_path: Path) -> None:

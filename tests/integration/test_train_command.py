@@ -21,13 +21,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from small_training import ATTRIBUTES, TINY, write_bundle
+from small_training import TINY, write_bundle, write_vectors
 
 from svip import steps
 from svip.config import load_config
 from svip.data.bundle import Bundle
 from svip.predict import Predictor
-from svip.semantics.vectors import Embedding, write_embedding
 from svip.training import checkpoint, loop
 
 IMAGE_ROLES = {
@@ -60,12 +59,6 @@ class Inputs:
         """Train without MLflow."""
         words = np.load(self.vectors / "vectors.npy")
         return loop.train(load_config("smoke", [*OPTIONS, *overrides]), self.bundle, words, out, lambda *_: None)
-
-
-def write_vectors(folder: Path, bundle: Bundle, seed: int) -> Path:
-    vectors = np.random.default_rng(seed).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

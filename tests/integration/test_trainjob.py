@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_kubernetes import NAMESPACE, kubernetes
-from small_training import ATTRIBUTES, IMAGE_ROLES, write_bundle
+from small_training import IMAGE_ROLES, write_bundle, write_vectors
 
 from benchmarks.s3server import KEYS
 from svip import trainjob
@@ -19,7 +19,7 @@ from svip.config import ConfigError, load_config
 from svip.data import s3
 from svip.data.bundle import Bundle
 from svip.data.bundle_cache import open_bundle
-from svip.semantics.vectors import Embedding, open_embedding, write_embedding
+from svip.semantics.vectors import open_embedding
 from svip.training.work import Place
 
 pytest.importorskip("kubeflow", reason="needs the extra `cluster`")
@@ -238,8 +238,7 @@ def test_no_cluster_and_no_runtime_are_said(tmp_path: Path, monkeypatch: pytest.
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     bundle = write_bundle(folder / "bundle", IMAGE_ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder / "words")
+    write_vectors(folder / "words", bundle)
     return bundle, folder / "words"
 
 

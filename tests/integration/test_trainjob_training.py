@@ -11,19 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from fake_kubernetes import NAMESPACE, kubernetes
 from mlflow import MlflowClient
-from ranks import free_port
 from safetensors.torch import load_file
-from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
+from small_training import IMAGE_ROLES, TINY, write_bundle, write_vectors
 
 import svip
+from benchmarks.ports import free_port
 from benchmarks.s3server import KEYS
 from svip import steps, trainjob
 from svip.data import s3
-from svip.semantics.vectors import Embedding, write_embedding
 
 pytest.importorskip("kubeflow", reason="needs the extra `cluster`")
 pytestmark = pytest.mark.slow
@@ -80,8 +78,7 @@ def test_two_nodes_train_lose_their_pods_and_hand_over_the_model_of_one_process(
     weed: str, store_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = write_bundle(tmp_path / "bundle", IMAGE_ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), tmp_path / "words")
+    write_vectors(tmp_path / "words", bundle)
     inputs = (str(bundle.path), str(tmp_path / "words"))
     steps.train(*inputs, str(tmp_path / "alone"), "smoke", OPTIONS, log_model=False)
 

@@ -15,18 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
-from small_training import ATTRIBUTES, TINY, write_bundle
+from small_training import TINY, write_bundle, write_vectors
 
 from svip import steps
 from svip.config import ConfigError, load_config
 from svip.data.bundle import Bundle, read_bundle
-from svip.semantics.vectors import Embedding, write_embedding
 from svip.steps import tuning
 from svip.tuning import objective
 from svip.tuning.storage import TuningError
@@ -86,8 +84,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
     """Bundle, word vectors, search space."""
     folder = tmp_path_factory.mktemp("inputs")
     bundle = write_bundle(folder / "bundle", IMAGE_ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder / "words")
+    write_vectors(folder / "words", bundle)
     (folder / "space.yaml").write_text(SPACE)
     return str(bundle.path), str(folder / "words"), str(folder / "space.yaml")
 

@@ -15,16 +15,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import optuna
 import pytest
 from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
-from small_training import ATTRIBUTES, TINY, write_bundle
+from small_training import TINY, write_bundle, write_vectors
 
 from benchmarks.postgres import new_database
 from svip import steps
-from svip.semantics.vectors import Embedding, write_embedding
 
 TRIALS, WORKERS, EPOCHS = 60, 4, 4
 IMAGE_ROLES = {
@@ -107,8 +105,7 @@ def test_sixty_trials_by_four_workers_of_which_one_is_killed_and_one_is_stopped(
     databases: tuple[str, str], tmp_path: Path
 ) -> None:
     bundle = write_bundle(tmp_path / "bundle", IMAGE_ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), tmp_path / "words")
+    write_vectors(tmp_path / "words", bundle)
     (tmp_path / "space.yaml").write_text(SPACE)
     (tmp_path / "worker.py").write_text(WORKER)
     overrides = [*TINY, f"optim.epochs={EPOCHS}"]

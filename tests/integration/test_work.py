@@ -8,18 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from small_training import ATTRIBUTES, IMAGE_ROLES, TINY, write_bundle
+from small_training import IMAGE_ROLES, TINY, write_bundle, write_vectors
 
 from benchmarks.s3server import KEYS
 from svip import steps
 from svip.data import s3
 from svip.data.bundle import Bundle
 from svip.data.sources import Interrupted
-from svip.semantics.vectors import Embedding, write_embedding
 from svip.training import loop
 from svip.training.work import Place, workplace
 
@@ -31,8 +29,7 @@ PARENT = "0123456789abcdef" * 2
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     bundle = write_bundle(folder / "bundle", IMAGE_ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder / "words")
+    write_vectors(folder / "words", bundle)
     return bundle, folder / "words"
 
 

@@ -13,15 +13,9 @@ from typing import Any
 
 from kfp_server import StubRun, StubServer
 from mlflow import MlflowClient
+from tiny_model import TINY
 
-TINY = [
-    "model.backbone_args.depth=1",
-    "model.backbone_args.embed_dim=32",
-    "model.backbone_args.num_heads=2",
-    "model.hidden=8",
-    "optim.epochs=1",
-    "evaluation.eszsl=false",
-]
+OPTIONS = [*TINY, "evaluation.eszsl=false"]
 
 
 TRACKED = "steps: {default: {secrets: {svip-mlflow: [MLFLOW_TRACKING_URI]}}}\n"

@@ -14,18 +14,12 @@ import pytest
 import yaml
 from kfp.compiler import Compiler
 from mlflow import MlflowClient
+from tiny_model import TINY
 
 from components import IMAGE
 from pipelines import catalog, local
 
-TINY = [
-    "model.backbone_args.depth=1",
-    "model.backbone_args.embed_dim=32",
-    "model.backbone_args.num_heads=2",
-    "model.hidden=8",
-    "optim.epochs=1",
-    "evaluation.eszsl=false",
-]
+OPTIONS = [*TINY, "evaluation.eszsl=false"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +82,7 @@ def svip(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_two_variants_with_two_seeds_make_a_table_under_one_mlflow_run(tmp_path: Path) -> None:
-    done = svip(["ablation", "--variants", "no_jsd,full", "--seeds", "2", "--out", "out", *TINY], tmp_path)
+    done = svip(["ablation", "--variants", "no_jsd,full", "--seeds", "2", "--out", "out", *OPTIONS], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     table = pd.read_csv(tmp_path / "out" / "ablation.csv").set_index("variant")
     assert table["seeds"].to_dict() == {"no_jsd": 2, "full": 2}

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_user import TINY, TRACKED, Cluster, Done, ended, until
+from cluster_user import OPTIONS, TRACKED, Cluster, Done, ended, until
 from kfp_server import StubRun
 
 from pipelines.cluster_cli import run_name
@@ -57,7 +57,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     cluster = Cluster(tmp_path_factory.mktemp("cluster"), token=TOKEN)
     (cluster.folder / "cluster.yaml").write_text(CLUSTER)
     try:
-        arguments = ["submit", "experiment", *FILE, "--wait", *TINY]
+        arguments = ["submit", "experiment", *FILE, "--wait", *OPTIONS]
         process = cluster.start(*arguments, SVIP_KFP_TOKEN=TOKEN)
         until(lambda: bool(cluster.server.runs) and cluster.last.tasks().get("evaluate") == "RUNNING")
         first = cluster.last
@@ -113,7 +113,7 @@ def test_a_stopped_run_is_told_from_a_failed_one(story: Story) -> None:
 def test_a_resubmitted_run_does_not_train_again_and_goes_on_in_the_same_mlflow_run(story: Story) -> None:
     first, second = story.first, story.second
     assert second.body["display_name"] == f"{first.body['display_name']} again"
-    parameters = {"preset": "smoke", "overrides": TINY}
+    parameters = {"preset": "smoke", "overrides": OPTIONS}
     assert first.body["runtime_config"]["parameters"] == parameters
     assert second.body["runtime_config"]["parameters"] == {**parameters, "continues": first.id}
     assert not list((second.folder / "artifacts").glob("*/train/checkpoint")), "training came from the cache"
@@ -187,7 +187,7 @@ def test_a_run_that_succeeded_is_not_resubmitted(story: Story) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_ends_with_code_1_the_step_and_what_to_do(cluster: Cluster) -> None:
-    done = cluster.svip("submit", "experiment", *FILE, "--wait", *TINY, "data.dataset=cub", "data.root=nowhere")
+    done = cluster.svip("submit", "experiment", *FILE, "--wait", *OPTIONS, "data.dataset=cub", "data.root=nowhere")
     run = cluster.last.id
     assert done.code == 1
     assert "prepare-data: failed after " in done.out

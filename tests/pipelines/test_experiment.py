@@ -16,19 +16,13 @@ import pytest
 import yaml
 from kfp.compiler import Compiler
 from mlflow import MlflowClient
+from tiny_model import TINY
 
 from components import IMAGE
 from pipelines import catalog
 from pipelines.cluster_cli import compile_command
 from pipelines.steplog import StepLog
 
-TINY = [
-    "model.backbone_args.depth=1",
-    "model.backbone_args.embed_dim=32",
-    "model.backbone_args.num_heads=2",
-    "model.hidden=8",
-    "optim.epochs=1",
-]
 STEPS = ("open-run", "data-settings", "prepare-data", "embed-attributes", "train", "evaluate", "report", "close-run")
 
 

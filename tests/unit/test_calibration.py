@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svip.evaluation.calibration import SeenUnseenCurve
+from svip.evaluation.calibration import SeenUnseenCurve, answers_at, ranking
 
 
 @dataclass
@@ -201,3 +201,10 @@ def test_thousands_of_images_are_thousands_of_steps_and_still_exact() -> None:
 def test_images_of_one_kind_only_are_refused(labels: list[int]) -> None:
     with pytest.raises(ValueError, match="needs images of seen classes and of unseen classes"):
         Problem(np.zeros((2, 3)), np.array(labels), np.array([2])).curve()
+
+
+def test_the_ranking_begins_with_the_answer_and_unseen_classes_come_first_where_they_tie() -> None:
+    scores, is_unseen = np.array([[2.0, 0.5, 1.0], [2.5, 0.0, 1.0]]), np.array([False, False, True])
+    assert answers_at(1.0, scores, is_unseen).tolist() == [2, 0]
+    calibrated = scores - 1.0 * ~is_unseen  # [[1, -0.5, 1], [1.5, -1, 1]]
+    assert [ranking(row, ~is_unseen).tolist() for row in calibrated] == [[2, 0, 1], [0, 2, 1]]

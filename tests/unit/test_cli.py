@@ -206,6 +206,15 @@ def test_embed_attributes_takes_a_file_whatever_its_name_and_lists_unknown_words
     assert read_embedding(tmp_path / "words").vectors.tolist() == [[0.5, 0.5], [0.5, 1]]
 
 
+def test_embed_attributes_refuses_the_preset_of_another_data_set(svip: Run, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle").path
+    arguments = ["embed-attributes", "--bundle", bundle, "--out", tmp_path / "words", "-p", "paper/cub"]
+    code, _, err = svip(*arguments)
+    assert code == 1
+    assert f"data.dataset=cub (preset paper/cub), but the bundle {bundle} has synthetic" in " ".join(err.split())
+    assert not (tmp_path / "words").exists()
+
+
 def test_train_refuses_a_bundle_that_the_preset_did_not_make(svip: Run, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle").path
     svip("embed-attributes", "--bundle", bundle, "--out", tmp_path / "words")

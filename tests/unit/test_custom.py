@@ -170,7 +170,10 @@ def columns(**names: str) -> Change:
     [
         (lambda table: table.iloc[:0], "classes.csv: expected a header, and a line for each entry"),
         (columns(**{"class": "klass"}), "missing column 'class' (nearest: 'klass')"),
-        (lambda table: table[["class"]], "expected, besides class and split, a named column of numbers"),
+        (lambda table: table[["class"]], "classes.csv: no attributes. Expected columns: class, a column of numbers"),
+        (columns(**{"color::red": ""}), "column 2 has no name; leave it out, or name it"),
+        (lambda _: images_table(), "found 'a/0.png'"),
+        (lambda _: images_table(), "Is this the table of images (--images)?"),
         (columns(**{"color::blue": "color::red"}), "column 'color::red' stands there 2 times"),
         (put(2, "class", ""), "line 4: the class has no name"),
         (put(2, "class", "class a"), "line 4: 'class a' is already the class of line 2"),
@@ -216,6 +219,10 @@ ROLES = (["trainval"] * 9 + ["test_seen"]) * 7 + ["test_unseen"] * 30
         (put(7, "role", "testing"), "line 9, column 'role': expected one of trainval, test_seen, test_unseen"),
         (put(7, "role", "train"), "line 9, column 'role': expected one of trainval, test_seen, test_unseen, found"),
         (lambda table: table.assign(role="test"), "line 2, column 'role': expected one of train, val_seen"),
+        (
+            lambda table: table.assign(role=["train", "val_unseen"] * 35 + ["test_unseen"] * 30),
+            "line 2, column 'role': train, but its class 'class a' is val_unseen",
+        ),
         (put(99, "role", "trainval"), "line 101, column 'role': trainval, but its class 'class j' is test_unseen"),
         (lambda table: table[table["class"] != "class c"], "no image of class c"),
         (lambda table: table.assign(role="trainval"), "0 of 10 classes are test_unseen; expected 2 or more"),
@@ -233,6 +240,9 @@ def test_rows_of_another_length_and_foreign_files_are_refused(tmp_path: Path) ->
     table.write_text(table.read_text().replace("class b,2,0.5", "class b,2"))
     with pytest.raises(DataError, match=r"classes\.csv: line 3: expected 3 cells, found 2"):
         read_custom(config)
+    classes_table().to_csv(table, sep=";", decimal=",", index=False)
+    with pytest.raises(DataError, match=r"classes\.csv: its cells are separated by ';'; save it with commas"):
+        read_custom(config)
     table.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"classes\.csv is not a CSV in UTF-8"):
         read_custom(config)
@@ -242,6 +252,12 @@ def test_rows_of_another_length_and_foreign_files_are_refused(tmp_path: Path) ->
     (tmp_path / "classes.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"can't read the table .*classes\.parquet"):
         read_custom(dataclasses.replace(config, attributes=str(tmp_path / "classes.parquet")))
+
+
+def test_a_role_that_no_image_has_is_named_with_what_to_do(tmp_path: Path) -> None:
+    roles = ["trainval"] * 70 + ["test_unseen"] * 30
+    with pytest.raises(DataError, match=r"no photo is left for the role test_seen; .*some where .* column role"):
+        split_of(tmp_path, classes_table(), images_table(role=roles))
 
 
 def test_settings_that_no_table_can_fill_are_refused(tmp_path: Path) -> None:
