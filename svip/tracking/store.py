@@ -127,7 +127,12 @@ def use_store(client: MlflowClient) -> None:
     """Let MLflow's own functions that take no client use this one's store: to them its address is a global."""
     import mlflow
 
-    mlflow.set_tracking_uri(client.tracking_uri)
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(client.tracking_uri)  # writes it there as well; but where runs go is for the user to say
+    if named is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = named
 
 
 def check_address(uri: str) -> None:
