@@ -104,8 +104,8 @@ def is_unreachable(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     cause = (error.__cause__ or error.__context__) if isinstance(error, MlflowException) else error
-    if isinstance(cause, requests.RequestException):
-        return cause.response is None
+    if isinstance(cause, requests.RequestException):  # RetryError: an answer that it can't, as often as it was asked
+        return cause.response is None and not isinstance(cause, requests.exceptions.RetryError)
     return isinstance(cause, ConnectionError | TimeoutError)
 
 
