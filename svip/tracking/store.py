@@ -87,7 +87,7 @@ def is_away(error: Exception) -> bool:
     from botocore.exceptions import HTTPClientError
     from mlflow.exceptions import MlflowException
 
-    if is_unreachable(error):
+    if is_unreachable(error) or isinstance(error, requests.exceptions.RetryError):
         return True
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
