@@ -66,6 +66,18 @@ def register(run: str, name: str = "") -> Registration:
     h = bootstrap_h(challenger.answers)
     if champion and champion.run_id == trained.run_id:
         return Registration(name, champion.number, h, tracking.CHAMPION, "it is the champion already")
+    if champion:
+        _evaluation_of(champion)  # before there is a version that can't be compared
+    version = tracking.version_of(name, trained.run_id) or tracking.register_version(
+        name, _model_of(trained, checkpoint), trained.run_id
+    )
+    with tracking.turn(version):
+        return _decide(version, challenger, h)
+
+
+def _decide(version: tracking.Version, challenger: Tested, h: Interval) -> Registration:
+    """Compare a version with the champion, and point the alias at it that it deserves."""
+    champion = tracking.champion_of(version.name)
     holder = _tested(tracking.read_run(_evaluation_of(champion))) if champion else None
     obstacle = _obstacle(challenger, holder) if holder else ""
     difference = bootstrap_h(challenger.answers, holder.answers) if holder and not obstacle else None
@@ -77,10 +89,6 @@ def register(run: str, name: str = "") -> Registration:
         alias, reason = tracking.CHAMPION, "better beyond the interval of the difference"
     else:
         alias, reason = tracking.CHALLENGER, "not better beyond the interval of the difference"
-
-    version = tracking.version_of(name, trained.run_id) or tracking.register_version(
-        name, _model_of(trained, checkpoint), trained.run_id
-    )
     tracking.set_alias(version, alias)
     tags = {
         "H": f"{h.value:.2f}",
@@ -92,7 +100,7 @@ def register(run: str, name: str = "") -> Registration:
     against = f": {difference} points of H to version {champion.number}" if champion and difference else ""
     tracking.describe(version, tags, f"{alias}: {reason}{against}")
     return Registration(
-        name,
+        version.name,
         version.number,
         h,
         alias,

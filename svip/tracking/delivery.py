@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from svip.tracking.outbox import Journal, Record, is_local
-from svip.tracking.store import TrackingError, experiment_id, first_line, is_away, log_params, run_exists
+from svip.tracking.store import (
+    TrackingError,
+    experiment_id,
+    first_line,
+    is_away,
+    is_unreachable,
+    log_params,
+    run_exists,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,10 +81,24 @@ class Delivery:
         records = self.journal.pending(METRICS)
         if not records:
             return False
-        self._send(_batch(records))
+        try:
+            self._send(_batch(records))
+        except Exception as error:
+            if records[0].kind in STORED and is_away(error) and not is_unreachable(error):
+                self._overtake(records)  # the server is there, and only its place for files isn't
+            raise
         return True
 
-    def _send(self, records: Sequence[Record]) -> None:
+    def _overtake(self, records: Sequence[Record]) -> None:
+        """Send metrics and tags, which need no file before them; but no run ends before its files are there."""
+        waiting = takewhile(lambda record: record.kind not in ("open", "end"), records)
+        numbers: Sequence[Record] = [record for record in waiting if record.kind in ("metrics", "tags")]
+        while numbers:
+            batch = _batch(numbers)
+            self._send(batch, ahead=True)
+            numbers = numbers[len(batch) :]
+
+    def _send(self, records: Sequence[Record], ahead: bool = False) -> None:
         run_id = ""
         try:
             if records[0].kind == "open":
@@ -90,13 +113,16 @@ class Delivery:
             if records[0].kind == "open" or not self._is_refusal(records[0].kind, error):
                 raise
             if len(records) > 1:  # one of them is the reason
-                self._send(records[: len(records) // 2])
-                self._send(records[len(records) // 2 :])
+                self._send(records[: len(records) // 2], ahead)
+                self._send(records[len(records) // 2 :], ahead)
                 return
             self.refused += 1
             shown = f"{records[0].kind} {dict(records[0].content)}"
             log.warning("run %s goes without %.300s: %s", self.journal.run_id, shown, first_line(error))
-        self.journal.acknowledge(records[-1].end, run_id)
+        if ahead:
+            self.journal.acknowledge_ahead(records)
+        else:
+            self.journal.acknowledge(records[-1].end, run_id)
         for record in records:
             if record.kind == "artifact":
                 self.journal.discard(record.content)

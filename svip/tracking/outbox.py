@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -83,6 +83,8 @@ class Journal:
         """Folder of the copied artifacts."""
         self.sent = 0
         """Bytes up to which all is acknowledged."""
+        self.ahead: set[int] = set()
+        """Ends of records that are acknowledged although others before them are not."""
         self.run_id = ""
         """The run's id in MLflow, once there is one."""
         self.unended = False
@@ -166,11 +168,15 @@ class Journal:
         """MLflow has all records up to ``end``."""
         self.append("sent", end=end, run_id=run_id or self.run_id)
 
+    def acknowledge_ahead(self, records: Sequence[Record]) -> None:
+        """MLflow has these records, which have overtaken others."""
+        self.append("ahead", ends=[record.end for record in records])
+
     def pending(self, limit: int | None = None) -> list[Record]:
         """The first records that are not acknowledged."""
         found: list[Record] = []
         for record in self._records(self.sent):
-            if record.kind not in ("sent", "outbox"):
+            if record.kind not in ("sent", "ahead", "outbox") and record.end not in self.ahead:
                 found.append(record)
                 if len(found) == limit:
                     break
@@ -240,6 +246,8 @@ class Journal:
     def _notice(self, kind: str, content: Mapping[str, Any]) -> None:
         if kind == "sent":
             self.sent, self.run_id = content["end"], content["run_id"]
+        elif kind == "ahead":
+            self.ahead.update(content["ends"])
         elif kind == "open":
             self.unended = self.unended or content["owns"]
         elif kind == "end":

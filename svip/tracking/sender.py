@@ -28,8 +28,7 @@ OPENS = 10.0
 FLUSH = 30.0
 """Seconds that the end of a run waits for what is still to be sent."""
 SHORT_FLUSH = 10.0
-"""The same where the run was told to stop, or the server has been silent for SILENT seconds."""
-SILENT = 60.0
+"""The same where the run was told to stop, or the server has been silent for FLUSH seconds."""
 TELLS_AFTER = 2.0
 """Seconds after which somebody who waits for the end is told what for."""
 GATHERS = 0.5
@@ -96,7 +95,7 @@ class Sender:
         """Wait until everything is sent, for a bounded time; whether it is."""
         started = time.monotonic()
         if seconds is None:
-            silent = self._silent_since is not None and started - self._silent_since > SILENT
+            silent = self._silent_since is not None and started - self._silent_since > FLUSH
             seconds = SHORT_FLUSH if silent else FLUSH
         with self._changed:
             self._hurry = True

@@ -87,7 +87,7 @@ def is_away(error: Exception) -> bool:
     from botocore.exceptions import HTTPClientError
     from mlflow.exceptions import MlflowException
 
-    if is_unreachable(error):
+    if is_unreachable(error) or isinstance(error, requests.exceptions.RetryError):
         return True
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
@@ -104,8 +104,8 @@ def is_unreachable(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     cause = (error.__cause__ or error.__context__) if isinstance(error, MlflowException) else error
-    if isinstance(cause, requests.RequestException):
-        return cause.response is None
+    if isinstance(cause, requests.RequestException):  # RetryError: an answer that it can't, as often as it was asked
+        return cause.response is None and not isinstance(cause, requests.exceptions.RetryError)
     return isinstance(cause, ConnectionError | TimeoutError)
 
 
@@ -127,7 +127,12 @@ def use_store(client: MlflowClient) -> None:
     """Let MLflow's own functions that take no client use this one's store: to them its address is a global."""
     import mlflow
 
-    mlflow.set_tracking_uri(client.tracking_uri)
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(client.tracking_uri)  # writes it there as well; but where runs go is for the user to say
+    if named is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = named
 
 
 def check_address(uri: str) -> None:

@@ -29,6 +29,8 @@ ROLES = {
     "val_unseen": ["val_unseen"] * 4 + ["test_seen"],
     "test_unseen": ["test_unseen"] * 3,
 }
+EPOCHS = int(os.environ.get("SVIP_TEST_EPOCHS", "24"))
+"""Of a training, for half of which the server is away; with some hundreds that is a minute and more."""
 
 
 @pytest.fixture(scope="module")
@@ -72,32 +74,113 @@ def synced() -> str:
     return out
 
 
-def test_a_server_stopped_and_started_again_while_a_run_logs_has_every_step_once(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Training:
+    """``svip train`` in a process of its own, which logs to the server."""
+
+    def __init__(self, files: Path, server: Server, place: Path) -> None:
+        self.server, self.out, self.outbox, self.log = server, place / "run", place / "outbox", place / "log"
+        self.log.parent.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "svip.cli", "train", f"--bundle={files / 'bundle'}"]
+        command += [f"--vectors={files / 'words'}", f"--out={self.out}", *TINY, f"optim.epochs={EPOCHS}"]
+        environment = {"MLFLOW_TRACKING_URI": server.uri, "SVIP_OUTBOX": str(self.outbox)}
+        environment["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "1"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+
+    def reach(self, epoch: int) -> None:
+        """Wait until it has logged that many epochs; it has to go on then."""
+        while sum(journal.read_bytes().count(b'"val/H"') for journal in outbox.journals(self.outbox)) < epoch:
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        assert self.process.wait(600) == 0, self.log.read_text()
+
+    def check(self) -> None:
+        """The server has all that the training wrote to its own folder, once."""
+        client = MlflowClient(self.server.uri)
+        run = client.get_run((self.out / "run_id").read_text())
+        assert run.info.status == "FINISHED"
+        histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        found = [(key, entry.step, entry.value) for key, history in histories.items() for entry in history]
+        expected = [
+            (key.replace("train/", "final_train/") if entry["phase"] == "final" else key, entry["epoch"], value)
+            for entry in json.loads((self.out / "history.json").read_text())
+            for key, value in entry.items()
+            if "/" in key
+        ]
+        assert len(expected) > 9 * EPOCHS
+        assert sorted(entry for entry in found if not entry[0].startswith("system/")) == sorted(expected)
+        samples = [entry.step for entry in histories["system/cpu_utilization_percentage"]]
+        assert samples == list(range(1, len(samples) + 1))
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert files >= {"config.yaml", "environment.txt", "model.json", "history.json", "charts"}
+        (model,) = [
+            model
+            for model in client.search_logged_models([run.info.experiment_id])
+            if model.source_run_id == run.info.run_id
+        ]
+        assert model.status == "READY"
+        assert not self.outbox.exists()
+
+    @property
+    def weights(self) -> bytes:
+        return (self.out / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle and word vectors."""
+    folder = tmp_path_factory.mktemp("files")
+    bundle = write_bundle(folder / "bundle", ROLES)
+    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
+    write_embedding(Embedding(vectors, bundle.attribute_names, {}), folder / "words")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """What has ended while the server was there all the time."""
+    training = Training(files, server, tmp_path_factory.mktemp("undisturbed"))
+    training.end()
+    training.check()
+    return training
+
+
+def test_a_server_killed_in_mid_training_and_started_again_has_every_metric_once(
+    files: Path, server: Server, undisturbed: Training, tmp_path: Path
 ) -> None:
+    training = Training(files, server, tmp_path)
+    training.reach(EPOCHS // 4)
+    server.stop()
+    away = time.monotonic()
+    training.reach(EPOCHS * 3 // 4)
+    training.process.send_signal(signal.SIGSTOP)  # else a fast machine would be done before the server has started
+    server.start()
+    training.process.send_signal(signal.SIGCONT)
+    print(f"the server was away for {time.monotonic() - away:.0f} s")
+    training.end()
+    said = training.log.read_text()
+    assert "does not answer ([Errno 111] Connection refused); the run goes on" in said
+    assert f"MLflow at {server.uri} answers again" in said
+    training.check()
+    assert training.weights == undisturbed.weights
+
+
+def test_a_server_killed_in_mid_training_for_good_gets_the_rest_by_sync(
+    files: Path, server: Server, undisturbed: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(files, server, tmp_path)
+    training.reach(EPOCHS // 4)
+    server.stop()
+    training.end()
+    assert f"records are kept in {training.outbox}; `svip sync` sends them" in training.log.read_text()
+    assert training.weights == undisturbed.weights
+    server.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path / "outbox"))
-    (tmp_path / "curve.csv").write_text("gamma\n0\n")
-    caplog.set_level("INFO", "svip")
-    with open_tracker("svip/stopped", "train") as tracker:
-        tracker.log_params({"optim.lr": 0.1})
-        for step in range(1, 61):
-            tracker.log_metrics({"train/loss": 1 / step, "val/H": step / 2}, step)
-            if step == 20:
-                server.stop()
-                tracker.set_tags({"while": "away"})
-                tracker.log_artifact(tmp_path / "curve.csv")
-            if step == 40:
-                server.start()  # which takes it about ten seconds
-            time.sleep(0.1)
-    (run,) = runs(server, "svip/stopped")
-    assert (run.info.run_id, run.info.status) == (tracker.run_id, "FINISHED")
-    assert steps_of(server, run, "train/loss") == steps_of(server, run, "val/H") == list(range(1, 61))
-    assert run.data.tags["while"] == "away"
-    assert [file.path for file in MlflowClient(server.uri).list_artifacts(tracker.run_id)] == ["curve.csv"]
-    assert "does not answer ([Errno 111] Connection refused); the run goes on" in caplog.text
-    assert f"MLflow at {server.uri} answers again" in caplog.text
-    assert not (tmp_path / "outbox").exists()
+    monkeypatch.setenv("SVIP_OUTBOX", str(training.outbox))
+    assert "sent to" in synced()
+    training.check()
 
 
 def test_answers_that_are_lost_double_nothing(server: Server, proxy: Proxy) -> None:
@@ -113,16 +196,47 @@ def test_answers_that_are_lost_double_nothing(server: Server, proxy: Proxy) -> N
     assert steps_of(server, run, "loss") == list(range(30))
 
 
-def test_a_server_gone_for_good_gets_the_training_by_sync(
-    server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_metrics_arrive_although_the_server_has_no_place_for_files(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path / "outbox"))
+    monkeypatch.setattr(sender, "SHORT_FLUSH", 1.0)
+    monkeypatch.setattr(sender, "FLUSH", 1.0)
+    (tmp_path / "curve.csv").write_text("gamma\n0\n")
+    artifacts, aside = server.folder / "artifacts", server.folder / "aside"
+    artifacts.mkdir(exist_ok=True)
+    artifacts.rename(aside)
+    artifacts.touch()  # a file, in which no folder can be made
+    with open_tracker("svip/placeless", "train") as tracker:
+        tracker.log_artifact(tmp_path / "curve.csv")
+        for step in range(3):
+            tracker.log_metrics({"loss": step / 7}, step)
+        tracker.set_tags({"protocol": "none"})
+        (journal,) = outbox.journals(tmp_path / "outbox")
+        deadline = time.monotonic() + 120
+        while '"ahead"' not in journal.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    (run,) = runs(server, "svip/placeless")
+    assert (run.info.status, run.data.tags["protocol"]) == ("RUNNING", "none"), "not finished without its files"
+    assert steps_of(server, run, "loss") == [0, 1, 2]
+
+    artifacts.unlink()
+    aside.rename(artifacts)
+    assert ": 2 sent to" in synced()  # the file and the end
+    (run,) = runs(server, "svip/placeless")
+    assert run.info.status == "FINISHED"
+    assert steps_of(server, run, "loss") == [0, 1, 2]
+    assert [file.path for file in MlflowClient(server.uri).list_artifacts(run.info.run_id)] == ["curve.csv"]
+
+
+def test_a_training_that_began_without_the_server_is_in_it_after_a_sync(
+    files: Path, server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sender, "FLUSH", 1.0)
     monkeypatch.setattr(sender, "SHORT_FLUSH", 1.0)
-    bundle = write_bundle(tmp_path / "bundle", ROLES)
-    vectors = np.random.default_rng(1).normal(size=(ATTRIBUTES, 7)).astype(np.float32)
-    write_embedding(Embedding(vectors, bundle.attribute_names, {}), tmp_path / "words")
     proxy.fall_silent()
-    arguments = (str(bundle.path), str(tmp_path / "words"), str(tmp_path / "run"), "smoke", TINY)
+    arguments = (str(files / "bundle"), str(files / "words"), str(tmp_path / "run"), "smoke", TINY)
     result = steps.train(*arguments)
     assert outbox.is_local(result["run_id"])
     assert (tmp_path / "run" / "model.safetensors").exists()
@@ -131,19 +245,22 @@ def test_a_server_gone_for_good_gets_the_training_by_sync(
     proxy.silent = False
     assert "sent to" in synced()
     assert synced() == f"nothing to send in {tmp_path / 'outbox'}\n"
-    (run,) = [run for run in runs(server, "svip/synthetic") if run.data.tags["outbox_id"] == result["run_id"]]
+    (run,) = [run for run in runs(server, "svip/synthetic") if run.data.tags.get("outbox_id") == result["run_id"]]
     assert run.info.status == "FINISHED"
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     epochs = [entry["epoch"] for entry in history if "val/H" in entry]
     assert epochs and steps_of(server, run, "val/H") == epochs
     client = MlflowClient(server.uri)
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "history.json"}
-    (model,) = client.search_logged_models([run.info.experiment_id])
-    assert (model.source_run_id, model.status) == (run.info.run_id, "READY")
 
+    def models() -> list[str]:
+        found = client.search_logged_models([run.info.experiment_id])
+        return [str(model.status) for model in found if model.source_run_id == run.info.run_id]
+
+    assert models() == ["READY"]
     assert steps.train(*arguments)["run_id"] == run.info.run_id  # the folder's run is the server's now
     assert (tmp_path / "run" / "run_id").read_text() == run.info.run_id
-    assert len(client.search_logged_models([run.info.experiment_id])) == 1
+    assert models() == ["READY"]
 
 
 def test_sync_that_is_killed_goes_on_where_it_was(server: Server, proxy: Proxy, tmp_path: Path) -> None:

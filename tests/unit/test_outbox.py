@@ -255,6 +255,7 @@ def test_a_place_of_artifacts_that_cant_be_written_to_stops_nothing_else(
         (TimeoutError(), True),
         (requests.ConnectTimeout(), True),
         (requests.exceptions.ChunkedEncodingError(), True),
+        (requests.exceptions.RetryError(), True),
         (EndpointConnectionError(endpoint_url="http://bucket"), True),
         (ClientError({"Error": {"Code": "AccessDenied"}}, "PutObject"), False),
     ],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +91,31 @@ def test_only_a_model_that_is_better_beyond_its_interval_becomes_champion(store:
     version = MlflowClient(store).get_model_version(name, "3")
     assert version.tags["H"] == f"{won.h.value:.2f}" and version.tags["protocol"] == "validation"
     assert str(version.description).startswith("champion: better beyond") and version.run_id == best
+
+
+def test_a_model_that_is_registered_while_another_is_decided_on_is_compared_with_what_comes_of_it(
+    store: str, tmp_path: Path
+) -> None:
+    name, client = "svip-at-once", MlflowClient(store)
+    first, best, good = (trained(store, tmp_path, skill) for skill in (1.0, 2.5, 2.0))
+    steps.register(first, name)
+    (model,) = tracking.read_run(best).models
+    evaluation = tracking.find_evaluation(best)
+    assert evaluation is not None
+    ahead = tracking.register_version(name, model, best)
+    with tracking.turn(ahead):  # as a process that has compared it with the first, and not yet said so
+        command = [sys.executable, "-m", "svip.cli", "register", good, "--name", name]
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not client.search_model_versions(f"name = '{name}' and run_id = '{good}'"):
+            assert other.poll() is None, other.communicate()[0]
+            time.sleep(0.1)
+        time.sleep(2)
+        tracking.set_alias(ahead, "champion")
+        tracking.describe(ahead, {tracking.EVALUATION_TAG: evaluation.run_id}, "champion")
+    said = other.communicate(timeout=300)[0]
+    assert f"{name} version 3 is challenger: not better beyond the interval" in " ".join(said.split())
+    assert aliases(store, name) == {"champion": "2", "challenger": "3"}
+    assert not any("undecided" in version.tags for version in client.search_model_versions(f"name = '{name}'"))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ import time
 import traceback
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from svip import tracking
 from svip.tracking import Tracker, TrackingError, close_run, open_run, open_tracker, sender
+from svip.tracking.store import use_store
 
 
 def read(store: str, run_id: str) -> Run:
@@ -209,6 +211,19 @@ def test_artifacts_lie_beside_the_store(store_file: Path, tmp_path: Path, monkey
     files = sorted(str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file())
     assert files == ["evaluation/curve.csv", "report.html"]
     assert not (elsewhere / "mlruns").exists()
+
+
+@pytest.mark.parametrize("named", ["http://127.0.0.1:5000", None])
+def test_what_goes_to_another_store_leaves_the_address_for_runs_alone(
+    monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if named:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    use_store(MlflowClient("http://127.0.0.1:5001"))
+    assert mlflow.get_tracking_uri() == "http://127.0.0.1:5001"
+    assert os.environ.get("MLFLOW_TRACKING_URI") == named
 
 
 def test_without_tracking_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
