@@ -186,7 +186,7 @@ def stop_command(
     token: Token = "",
     token_file: TokenFile = None,
 ) -> None:
-    """Stop a run; its MLflow run is closed by the pipeline's last step."""
+    """Stop a run; the pipeline's last step closes its MLflow run and ends its TrainJob."""
     _open(cluster, host, namespace, token, token_file).stop(run_id)
     print(f"stopping {run_id}")
 

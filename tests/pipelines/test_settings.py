@@ -229,7 +229,16 @@ def test_training_on_several_nodes_leaves_what_training_takes_to_them(compiled: 
     assert retries(spec, "train")["maxRetryCount"] == 5
     variables = {entry["name"]: entry["value"] for entry in container(spec, "train")["env"]}
     wanted = {"SVIP_NODES": "2", "SVIP_PROCESSES": "4", "SVIP_NODE_CPU": "8", "SVIP_NODE_MEMORY": "64Gi", "A": "1"}
-    assert wanted.items() <= variables.items()
+    assert (wanted | {"SVIP_NODE_GPUS": "4"}).items() <= variables.items()
+
+
+def test_the_last_step_can_find_the_trainjobs_of_its_run(compiled: Compiled) -> None:
+    spec, platform = compiled("namespace: team\ntraining: {nodes: 2}")
+    (label,) = executors_of(platform)["exec-train"]["fieldPathAsEnv"]
+    assert label == {"name": "SVIP_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
+    variables = {entry["name"]: entry["value"] for entry in container(spec, "close-run")["env"]}
+    assert variables == {"SVIP_NODES": "2", "SVIP_NAMESPACE": "team"}
+    assert "env" not in container(compiled("namespace: team")[0], "close-run"), "it asks no cluster for one node's"
 
 
 def test_tuning_knows_no_nodes_and_keeps_its_gpus(compiled: Compiled) -> None:
@@ -257,6 +266,10 @@ def test_tuning_knows_no_nodes_and_keeps_its_gpus(compiled: Compiled) -> None:
         ("steps: [train]", "steps: expected a mapping, found list"),
         ("training: {nodes: 0}", "training.nodes=0: expected at least 1"),
         ("training: {work: training}", "training.work='training': expected an absolute folder or s3://bucket/prefix"),
+        (
+            "training: {nodes: 2}\nsteps: {train: {gpus: 1, gpu_type: amd.com/gpu}}",
+            "steps.train.cpu: expected CPUs, which a TrainJob needs beside amd.com/gpu",
+        ),
         ("- image", "expected a mapping, found list"),
         ("image: [", "is not a readable YAML file"),
     ],
