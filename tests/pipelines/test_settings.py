@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import yaml
 from strict_ir import Tree, dangling, executors_of, read_strictly
+from typer.testing import CliRunner
 
 from components import IMAGE
 from pipelines.catalog import PIPELINES, PipelineError
+from pipelines.cluster_cli import app
 from pipelines.compiling import compile_pipeline
 from pipelines.settings import SettingsError, load_cluster, step_names
+from svip.config import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "infra" / "cluster.yaml"
 Compiled = Callable[..., tuple[Tree, Tree]]
@@ -316,6 +319,23 @@ def test_parameters_become_the_defaults_and_strange_ones_are_refused(tmp_path: P
     with pytest.raises(PipelineError, match="pipeline experiment has no seeds; leave out --seeds"):
         compile_pipeline("experiment", tmp_path / "other.yaml", parameters={"seeds": 2})
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_a_compiled_file_has_the_preset_and_changes_it_was_given(tmp_path: Path) -> None:
+    out, svip = str(tmp_path / "out.yaml"), CliRunner()
+    given = ["--preset", "paper/cub", "optim.lr=1e-5", "--variants", "baseline,full", "--seeds", "3"]
+    done = svip.invoke(app, ["compile", "ablation", *given, "--out", out], catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (0, f"{out}\n")
+    spec, _ = read_strictly(Path(out))
+    inputs = spec["root"]["inputDefinitions"]["parameters"]
+    assert {name: entry["defaultValue"] for name, entry in inputs.items() if name != "continues"} == {
+        "preset": "paper/cub",
+        "overrides": ["optim.lr=1e-5"],
+        "variants": ["baseline", "full"],
+        "seeds": 3,
+    }
+    wrong = svip.invoke(app, ["compile", "ablation", "optim.rl=1e-5", "--out", str(tmp_path / "none.yaml")])
+    assert isinstance(wrong.exception, ConfigError) and not (tmp_path / "none.yaml").exists()
 
 
 def test_no_command_loads_kfp_before_it_is_needed() -> None:
