@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from benchmarks.s3server import free_ports
+from benchmarks.s3server import MORTAL, free_ports
 
 USER = "tester"
 FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB")
@@ -51,7 +51,7 @@ def postgres_server() -> Iterator[str]:
         made = subprocess.run(make, user=owner, cwd=folder, capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(f"initdb failed: {made.stderr[-2000:]}")
-        run = [str(programs / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+        run = [*MORTAL, str(programs / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-k", ""]
         run += [word for setting in FAST for word in ("-c", setting)]
         with open(folder / "log.txt", "w") as log:
             process = subprocess.Popen(run, user=owner, cwd=folder, stdout=log, stderr=log)
