@@ -7,8 +7,10 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,7 @@ def answers(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def running_engine(folder: Path) -> Iterator[str]:
+def running_engine() -> Iterator[str]:
     """The address of this machine's engine, else of one of our own; skips where neither can be had."""
     host = os.environ.get("DOCKER_HOST") or SOCKET
     if answers(host):
@@ -43,40 +45,53 @@ def running_engine(folder: Path) -> Iterator[str]:
         return
     if shutil.which("dockerd") is None or os.getuid() != 0:
         pytest.skip(f"needs a Docker engine: none answers at {host}, and only root can start one (Debian: docker.io)")
-    with own_engine(folder) as host:
+    with own_engine() as host:
         yield host
+
+
+SUPERVISED = r"""
+folder=$1
+shift
+trap 'kill $!' TERM
+"$@" &
+wait $!  # until SIGTERM comes
+wait $!
+grep -o " $folder/[^ ]*" /proc/mounts | sort -r | xargs -r umount --lazy
+rm -rf "$folder"
+"""
+"""Shell: run a server and, when it has ended, remove its folder (dockerd leaves the mount of its network namespace)."""
 
 
 @contextlib.contextmanager
-def own_engine(folder: Path) -> Iterator[str]:
-    """dockerd with everything of its own below ``folder``, which is removed with all images at the end.
+def own_engine() -> Iterator[str]:
+    """dockerd with everything of its own in a temporary folder, which is removed with all images at the end.
 
-    It sets no rules of a firewall and forwards nothing: a container has the network of this machine, or none.
+    It ends with this process, however that ends. It sets no rules of a firewall and forwards nothing: a container has
+    the network of this machine, or none.
     """
+    folder = tempfile.mkdtemp(prefix="svip-engine-")  # short: a socket's path may have 107 characters
     host = f"unix://{folder}/docker.sock"
     alone = ["--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--bridge=none"]
     own = [f"--data-root={folder}/data", f"--exec-root={folder}/exec", f"--pidfile={folder}/pid"]
-    command = ["dockerd", f"--host={host}", "--exec-opt=native.cgroupdriver=cgroupfs", *own, *alone]
-    log = folder / "dockerd.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-    try:
-        for _ in range(300):
-            if process.poll() is not None or answers(host):
-                break
-            time.sleep(0.2)
-        if not answers(host):
-            pytest.skip(f"needs a Docker engine: dockerd can't run here: {log.read_text().splitlines()[-1:]}")
-        yield host
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        process.kill()
-        for mount in reversed([line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]):
-            if Path(mount).is_relative_to(folder):  # dockerd leaves the one of its network namespace
-                subprocess.run(["umount", "--lazy", mount], check=False)
-        shutil.rmtree(folder, ignore_errors=True)
+    dockerd = ["dockerd", f"--host={host}", "--exec-opt=native.cgroupdriver=cgroupfs", *own, *alone]
+    command = ["setpriv", "--pdeathsig=TERM", "sh", "-c", SUPERVISED, "sh", folder, *dockerd]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            for _ in range(300):
+                if process.poll() is not None or answers(host):
+                    break
+                time.sleep(0.2)
+            if not answers(host):
+                log.seek(0)
+                pytest.skip(f"needs a Docker engine: dockerd can't run here: {log.read().decode().splitlines()[-1:]}")
+            yield host
+        finally:
+            process.terminate()
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

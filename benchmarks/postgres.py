@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from benchmarks.ports import free_port
+from benchmarks.s3server import MORTAL
 
 USER = "tester"
 FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB")
@@ -51,8 +52,8 @@ def postgres_server() -> Iterator[str]:
         made = subprocess.run(make, user=owner, cwd=folder, capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(f"initdb failed: {made.stderr[-2000:]}")
-        run = [str(programs / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-k", ""]
-        run += [word for setting in FAST for word in ("-c", setting)]
+        run = [*MORTAL, str(programs / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port)]
+        run += ["-k", "", *(word for setting in FAST for word in ("-c", setting))]
         with open(folder / "log.txt", "w") as log:
             process = subprocess.Popen(run, user=owner, cwd=folder, stdout=log, stderr=log)
         url = f"postgresql://{USER}:{password}@127.0.0.1:{port}/postgres"

@@ -18,6 +18,9 @@ from benchmarks.ports import free_ports
 KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 """What the environment must hold to use it."""
 
+MORTAL = ["setpriv", "--pdeathsig=KILL"] if shutil.which("setpriv") else []
+"""How the command of a server begins that is to end with this process, however that ends."""
+
 
 def find_weed() -> str | None:
     """The server's program: of this environment, else on PATH."""
@@ -38,8 +41,8 @@ def s3_server(folder: Path) -> Iterator[str]:
     ports = free_ports(8)
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
     options = [f"-{name}={port}" for name, port in zip((*names, "s3.port", "s3.port.grpc"), ports, strict=True)]
-    command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", *options]
-    command += [f"-s3.config={folder / 'users.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=100"]
+    command = [*MORTAL, weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
+    command += [*options, f"-s3.config={folder / 'users.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=100"]
     command += ["-master.telemetry=false", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -7,7 +7,7 @@ import os
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -49,16 +49,24 @@ Workers = Annotated[int, typer.Option(help="Of tuning: how many try at the same 
 app = typer.Typer()
 
 
-@app.command("compile", epilog=example("svip pipeline compile experiment --out experiment.yaml"))
+@app.command("compile", epilog=example("svip pipeline compile experiment -p paper/cub --out experiment.yaml"))
 def compile_command(
     name: Name,
     out: Annotated[Path, typer.Option("--out", "-o", help="The YAML file to write.")],
+    overrides: Overrides = None,
+    preset: Preset = "smoke",
     cluster: ClusterFile = None,
+    variants: Variants = "",
+    seeds: PipelineSeeds = 0,
+    space: Space = "",
+    trials: Trials = 0,
+    workers: Workers = 0,
 ) -> None:
-    """Write a pipeline as the YAML file that any Kubeflow Pipelines 2 server takes."""
+    """Write a pipeline as the YAML file that any Kubeflow Pipelines 2 server takes; its UI asks for other values."""
     from pipelines.compiling import compile_pipeline  # kfp takes a while, and every command of svip loads this module
 
-    compile_pipeline(name, out, load_cluster(cluster) if cluster else None)
+    parameters = _parameters(preset, overrides or [], variants, seeds, space, trials, workers)
+    compile_pipeline(name, out, load_cluster(cluster) if cluster else None, parameters)
     print(out)
 
 
@@ -83,9 +91,7 @@ def submit_command(
     from pipelines.compiling import compile_pipeline
 
     changes = overrides or []
-    config = load_config(preset, changes)
-    if preset.endswith((".yaml", ".yml")):
-        raise ConfigError(f"preset {preset}: a cluster's steps don't see this file; give a shipped one and overrides")
+    parameters = _parameters(preset, changes, variants, seeds, space, trials, workers)
     settings = load_cluster(cluster) if cluster else Cluster()
     if not settings.has_tracking():
         raise SettingsError(
@@ -95,20 +101,11 @@ def submit_command(
         )
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{name}.yaml"
-        own = {
-            "variants": variants.split(",") if variants else [],
-            "seeds": seeds,
-            "space": space,
-            "trials": trials,
-            "workers": workers,
-        }
-        given = {key: value for key, value in own.items() if value}
-        parameters = {"preset": preset, "overrides": changes, **given}
         compile_pipeline(name, package, settings, parameters)
         server = _server(host or settings.host or "", namespace or settings.namespace, token, token_file)
         run_id = server.submit(
             package,
-            f"svip/{config.data.dataset}",
+            f"svip/{load_config(preset, changes).data.dataset}",
             run_name(name, preset, changes),
             parameters,
             settings.service_account,
@@ -186,9 +183,21 @@ def stop_command(
     token: Token = "",
     token_file: TokenFile = None,
 ) -> None:
-    """Stop a run; its MLflow run is closed by the pipeline's last step."""
+    """Stop a run; the pipeline's last step closes its MLflow run and ends its TrainJob."""
     _open(cluster, host, namespace, token, token_file).stop(run_id)
     print(f"stopping {run_id}")
+
+
+def _parameters(
+    preset: str, overrides: list[str], variants: str, seeds: int, space: str, trials: int, workers: int
+) -> dict[str, Any]:
+    """Those of a pipeline, checked: what is not given is left to its defaults."""
+    load_config(preset, overrides)
+    if preset.endswith((".yaml", ".yml")):
+        raise ConfigError(f"preset {preset}: a cluster's steps don't see this file; give a shipped one and overrides")
+    names = variants.split(",") if variants else []
+    own = {"variants": names, "seeds": seeds, "space": space, "trials": trials, "workers": workers}
+    return {"preset": preset, "overrides": overrides, **{key: value for key, value in own.items() if value}}
 
 
 def run_name(pipeline: str, preset: str, overrides: list[str]) -> str:

@@ -74,6 +74,8 @@ def configure(task: dsl.PipelineTask, name: str, cluster: Cluster) -> None:
         task.set_caching_options(False)
     for variable, value in cluster.environment(name).items():
         task.set_env_variable(variable, value)
+    if cluster.watches(name):  # the label of its TrainJob, by which close_run finds it
+        kubernetes.use_field_path_as_env(task, "SVIP_PIPELINE_RUN", "metadata.labels['pipeline/runid']")
     for secret, keys in step.secrets.items():
         if keys:
             kubernetes.use_secret_as_env(task, secret, {key: key for key in keys})

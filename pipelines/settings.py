@@ -105,14 +105,15 @@ class Cluster:
             ours["SVIP_PROCESSES"] = str(self.training.processes or step.gpus or 1)
         if name == "train":
             ours |= {
-                "SVIP_NODES": str(self.training.nodes),
                 "SVIP_GPU_TYPE": step.gpu_type,
                 "SVIP_IMAGE": self.image or components.IMAGE,
                 "SVIP_TRAINING_RUNTIME": self.training.runtime,
-                "SVIP_NAMESPACE": self.namespace,
             }
+        if name == "train" or (name == "close_run" and self.training.nodes > 1):  # which ends the TrainJob
+            ours |= {"SVIP_NODES": str(self.training.nodes), "SVIP_NAMESPACE": self.namespace}
         if self.watches(name):
             ours |= {"SVIP_NODE_CPU": step.cpu or "", "SVIP_NODE_MEMORY": step.memory or ""}
+            ours |= {"SVIP_NODE_GPUS": str(step.gpus)}
         return {**ours, **{key: value for key, value in step.env.items() if value is not None}}
 
 
@@ -138,9 +139,9 @@ def load_cluster(path: Path) -> Cluster:
         given = {key: value for key, value in loaded.items() if value is not None or key == "service_account"}
         cluster = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Cluster), given))
         assert isinstance(cluster, Cluster)
-        _check_training(cluster)
         for name in steps:
             _check_step(name, cluster.step(name))
+        _check_training(cluster)
     except OmegaConfBaseException as error:
         raise SettingsError(f"{path}: {getattr(error, 'full_key', None)}: {str(error).splitlines()[0]}") from error
     except SettingsError as error:
@@ -178,6 +179,9 @@ def _check_training(cluster: Cluster) -> None:
             raise SettingsError(f"training.{key}={value}: expected at least 1")
     if training.work and not re.match(r"/|s3://[^/]+", training.work):
         raise SettingsError(f"training.work={training.work!r}: expected an absolute folder or s3://bucket/prefix")
+    node = cluster.step("train")
+    if cluster.watches("train") and node.gpus and not node.cpu and not node.gpu_type.startswith("nvidia.com/"):
+        raise SettingsError(f"steps.train.cpu: expected CPUs, which a TrainJob needs beside {node.gpu_type}")
 
 
 def _check_step(name: str, step: Step) -> None:

@@ -43,6 +43,9 @@ SECRETS = {
     "svip-s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
 }
 """Secret of the namespace -> its keys, each of them a variable of the nodes; those that are not there are left out."""
+API = ("trainer.kubeflow.org", "v1alpha1")
+PIPELINE_RUN = "pipeline/runid"
+"""Label of a job that a pipeline's run has made, with the run's id (SVIP_PIPELINE_RUN): Kubeflow's own of its pods."""
 COMPLETE, FAILED = "Complete", "Failed"
 PAUSE = 5.0
 """Seconds between two looks at a job."""
@@ -97,6 +100,27 @@ def run(training: Training, nodes: int, processes: int) -> None:
         )
         raise
     _remove(client, name)
+
+
+def end(pipeline_run: str) -> None:
+    """Delete the TrainJobs of a pipeline's run that has ended, be it stopped: nobody watches them any more."""
+    from kubernetes.client import ApiException
+
+    client = _client()
+    backend = client.backend
+    try:
+        left = backend.custom_api.list_namespaced_custom_object(
+            *API, backend.namespace, "trainjobs", label_selector=f"{PIPELINE_RUN}={pipeline_run}"
+        )
+    except ApiException as error:
+        raise TrainJobError(
+            f"the TrainJobs of run {pipeline_run} can't be listed ({_reason(error)}), and may go on: "
+            f"`kubectl delete trainjobs -l {PIPELINE_RUN}={pipeline_run}` ends them"
+        ) from None
+    for job in left["items"]:
+        name = job["metadata"]["name"]
+        log.warning("TrainJob %s is deleted: its pipeline has ended", name)
+        _remove(client, name)
 
 
 def visible(training: Training) -> Training:
@@ -183,12 +207,17 @@ def render(
     env += [_secret(secret, key) for secret, keys in SECRETS.items() for key in keys]
     of = "\n".join([training.place, *training.arguments])
     name = f"svip-train-{hashlib.sha256(of.encode()).hexdigest()[:12]}"
+    pipeline_run = os.environ.get("SVIP_PIPELINE_RUN")
     return models.TrainerV1alpha1TrainJob(
         apiVersion="trainer.kubeflow.org/v1alpha1",
         kind="TrainJob",
         metadata=models.IoK8sApimachineryPkgApisMetaV1ObjectMeta(
             name=name,
-            labels={"app.kubernetes.io/name": "svip", "app.kubernetes.io/component": "train"},
+            labels={
+                "app.kubernetes.io/name": "svip",
+                "app.kubernetes.io/component": "train",
+                **({PIPELINE_RUN: pipeline_run} if pipeline_run else {}),
+            },
         ),
         spec=models.TrainerV1alpha1TrainJobSpec(
             runtimeRef=models.TrainerV1alpha1RuntimeRef(name=_runtime(), kind=kind),
@@ -212,11 +241,14 @@ def _resources(training: Training, processes: int) -> Any:
     requests: dict[str, int | str] = {"cpu": cpu} if cpu else {}
     limits: dict[str, int | str] = {"memory": memory} if memory else {}
     gpu = os.environ.get("SVIP_GPU_TYPE") or "nvidia.com/gpu"
-    if training.config.train.device != "cpu":
-        limits[gpu] = processes
+    gpus = int(os.environ.get("SVIP_NODE_GPUS") or processes) if training.config.train.device != "cpu" else 0
+    if gpus:
+        limits[gpu] = gpus
     requests |= limits
-    if gpu not in limits or not gpu.startswith("nvidia.com/"):  # the SDK can't read limits without a device it knows
-        limits = limits | {"cpu": cpu} if cpu else {key: value for key, value in limits.items() if key == gpu}
+    if not gpus or not gpu.startswith("nvidia.com/"):  # the SDK can't read limits without a device it knows
+        if gpus and not cpu:
+            raise ConfigError(f"nodes with {gpu}: set SVIP_NODE_CPU too, which Kubeflow's SDK wants beside it")
+        limits = limits | {"cpu": cpu} if cpu else {}
     if not requests:
         return None
     quantity = models.IoK8sApimachineryPkgApiResourceQuantity
@@ -294,9 +326,7 @@ def _create(client: TrainerClient, job: TrainerV1alpha1TrainJob) -> None:
 
     backend = client.backend
     try:
-        backend.custom_api.create_namespaced_custom_object(
-            "trainer.kubeflow.org", "v1alpha1", backend.namespace, "trainjobs", job.to_dict()
-        )
+        backend.custom_api.create_namespaced_custom_object(*API, backend.namespace, "trainjobs", job.to_dict())
     except ApiException as error:
         if error.status != 409:  # which another try beside this one has made
             raise TrainJobError(f"TrainJob {job.metadata.name} can't be made: {_reason(error)}") from None

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,21 +130,17 @@ def postgres() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def engine() -> Iterator[str]:
     """The address (DOCKER_HOST) of a running engine."""
-    folder = Path(tempfile.mkdtemp(prefix="svip-engine-"))  # short: a socket's path may have 107 characters
-    try:
-        with running_engine(folder) as host:
-            yield host
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with running_engine() as host:
+        yield host
 
 
 @pytest.fixture(scope="session")
-def image(engine: str) -> Iterator[str]:
+def image(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The tag of the built cpu image; SVIP_TEST_IMAGE names one that the engine has already."""
     if there := os.environ.get("SVIP_TEST_IMAGE"):
         yield there
         return
-    folder = Path(tempfile.mkdtemp(prefix="svip-image-"))
+    folder = tmp_path_factory.mktemp("image")
     try:
         with built_image(engine, folder) as tag:
             yield tag

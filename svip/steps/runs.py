@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,8 +43,16 @@ def data_settings(preset: str, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def close_run(run_id: str, status: str) -> None:
-    """End the parent run: FINISHED, FAILED or KILLED."""
+    """End the parent run: FINISHED, FAILED or KILLED. With SVIP_NODES above 1 also the TrainJobs that it left.
+
+    A pod of `train` that is lost leaves its job to the one that comes next, and only here is it known that none does.
+    """
     tracking.close_run(run_id, status)
+    job = re.search(rf"-({KFP_RUN_ID})$", run_id)
+    if job and int(os.environ.get("SVIP_NODES") or 1) > 1:
+        from svip import trainjob  # needs the extra `cluster`
+
+        trainjob.end(job[1])
 
 
 @contextmanager

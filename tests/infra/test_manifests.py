@@ -276,6 +276,7 @@ def test_a_budget_never_keeps_a_node_from_being_drained(objects: tuple[Object, .
         if thing["kind"] == "PodDisruptionBudget":
             replicas = named(objects, "Deployment", thing["metadata"]["name"])["spec"]["replicas"]
             assert replicas > thing["spec"]["minAvailable"]
+            assert thing["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow", "not by pods that don't start either"
 
 
 def test_names_in_the_cluster_file_are_those_of_the_manifests(site: tuple[Object, ...]) -> None:

@@ -152,6 +152,10 @@ def kubernetes(folder: Path, run: Node) -> Iterator[Cluster]:
                 self.answer(200, cluster.runtimes[name])
             elif kind == "trainjobs" and name in cluster.jobs:
                 self.answer(200, cluster.jobs[name])
+            elif kind == "trainjobs" and not name:
+                label, _, value = query["labelSelector"].partition("=")
+                chosen = [job for job in cluster.jobs.values() if job["metadata"]["labels"].get(label) == value]
+                self.answer(200, {"kind": "TrainJobList", "metadata": {}, "items": chosen})
             elif path in {f"{CORE}/secrets/{secret}" for secret in cluster.secrets}:
                 self.answer(200, {"kind": "Secret", "apiVersion": "v1", "data": {}})
             elif path == f"{CORE}/pods":

@@ -20,16 +20,18 @@ from svip.data import s3
 from svip.data.bundle import Bundle
 from svip.data.bundle_cache import open_bundle
 from svip.semantics.vectors import open_embedding
+from svip.steps import close_run
 from svip.training.work import Place
 
 pytest.importorskip("kubeflow", reason="needs the extra `cluster`")
 PLACE = "s3://team/work/svip-1234"
 SIZES = ("SVIP_NODE_CPU", "SVIP_NODE_MEMORY", "SVIP_GPU_TYPE")
+OTHERS = ("SVIP_WORK", "SVIP_IMAGE", "SVIP_TRAINING_RUNTIME", "SVIP_NODE_GPUS", "SVIP_PIPELINE_RUN")
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (*trainjob.PASSED_ON, "SVIP_WORK", "SVIP_IMAGE", "SVIP_TRAINING_RUNTIME", *SIZES):
+    for name in (*trainjob.PASSED_ON, *OTHERS, *SIZES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setenv("SVIP_NAMESPACE", NAMESPACE)
@@ -102,12 +104,22 @@ def test_the_nodes_track_where_this_process_does_or_where_the_secret_says(
             assert "word" not in str(no.value) and not cluster.created
 
 
-def test_cpu_asks_for_no_gpu_and_another_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_has_the_gpus_that_are_said_else_one_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(job: trainjob.Training) -> Any:
+        return trainjob.render(job, 2, 4).to_dict()["spec"]["trainer"].get("resourcesPerNode", {}).get("limits")
+
     on_cpu = training(config=load_config("smoke", ["train.device=cpu"]))
-    assert "resourcesPerNode" not in trainjob.render(on_cpu, 2, 4).to_dict()["spec"]["trainer"]
+    assert (asked(training()), asked(on_cpu)) == ({"nvidia.com/gpu": 4}, None)
+    monkeypatch.setenv("SVIP_NODE_GPUS", "2")
+    assert (asked(training()), asked(on_cpu)) == ({"nvidia.com/gpu": 2}, None)
+    monkeypatch.setenv("SVIP_NODE_GPUS", "0")
+    assert asked(training()) is None
+
+
+def test_a_gpu_that_the_sdk_reads_beside_cpus_only_is_refused_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVIP_GPU_TYPE", "amd.com/gpu")
-    resources = trainjob.render(training(), 2, 1).to_dict()["spec"]["trainer"]["resourcesPerNode"]
-    assert resources["limits"] == {"amd.com/gpu": 1}
+    with pytest.raises(ConfigError, match=r"amd\.com/gpu: set SVIP_NODE_CPU too"):
+        trainjob.render(training(), 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +236,21 @@ def test_a_job_deleted_while_it_runs_is_an_error_that_says_how_to_go_on(tmp_path
 
     with kubernetes(tmp_path, deleted) as cluster, pytest.raises(trainjob.TrainJobError, match="was deleted; the same"):
         trainjob.run(training(), 2, 1)
+
+
+def test_a_pipeline_that_has_ended_leaves_no_job_and_those_of_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = (f"{digit * 8}-1111-4111-8111-{digit * 12}" for digit in "ab")
+    with kubernetes(tmp_path, speak) as cluster:
+        for number, pipeline_run in enumerate((ours, ours, theirs)):
+            monkeypatch.setenv("SVIP_PIPELINE_RUN", pipeline_run)
+            cluster.create(named(training(place=f"{PLACE}-{number}")))
+        close_run(f"ablation-{ours}", "CANCELLED")
+        assert len(cluster.jobs) == 3, "a pipeline that trains on one node asks no cluster"
+        monkeypatch.setenv("SVIP_NODES", "2")
+        close_run(f"ablation-{ours}", "CANCELLED")
+        assert list(cluster.jobs) == [named(training(place=f"{PLACE}-2"))["metadata"]["name"]]
 
 
 def test_no_cluster_and_no_runtime_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import yaml
 from strict_ir import Tree, dangling, executors_of, read_strictly
+from typer.testing import CliRunner
 
 from components import IMAGE
 from pipelines.catalog import PIPELINES, PipelineError
+from pipelines.cluster_cli import app
 from pipelines.compiling import compile_pipeline
 from pipelines.settings import SettingsError, load_cluster, step_names
+from svip.config import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "infra" / "cluster.yaml"
 Compiled = Callable[..., tuple[Tree, Tree]]
@@ -229,7 +232,16 @@ def test_training_on_several_nodes_leaves_what_training_takes_to_them(compiled: 
     assert retries(spec, "train")["maxRetryCount"] == 5
     variables = {entry["name"]: entry["value"] for entry in container(spec, "train")["env"]}
     wanted = {"SVIP_NODES": "2", "SVIP_PROCESSES": "4", "SVIP_NODE_CPU": "8", "SVIP_NODE_MEMORY": "64Gi", "A": "1"}
-    assert wanted.items() <= variables.items()
+    assert (wanted | {"SVIP_NODE_GPUS": "4"}).items() <= variables.items()
+
+
+def test_the_last_step_can_find_the_trainjobs_of_its_run(compiled: Compiled) -> None:
+    spec, platform = compiled("namespace: team\ntraining: {nodes: 2}")
+    (label,) = executors_of(platform)["exec-train"]["fieldPathAsEnv"]
+    assert label == {"name": "SVIP_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
+    variables = {entry["name"]: entry["value"] for entry in container(spec, "close-run")["env"]}
+    assert variables == {"SVIP_NODES": "2", "SVIP_NAMESPACE": "team"}
+    assert "env" not in container(compiled("namespace: team")[0], "close-run"), "it asks no cluster for one node's"
 
 
 def test_tuning_knows_no_nodes_and_keeps_its_gpus(compiled: Compiled) -> None:
@@ -257,6 +269,10 @@ def test_tuning_knows_no_nodes_and_keeps_its_gpus(compiled: Compiled) -> None:
         ("steps: [train]", "steps: expected a mapping, found list"),
         ("training: {nodes: 0}", "training.nodes=0: expected at least 1"),
         ("training: {work: training}", "training.work='training': expected an absolute folder or s3://bucket/prefix"),
+        (
+            "training: {nodes: 2}\nsteps: {train: {gpus: 1, gpu_type: amd.com/gpu}}",
+            "steps.train.cpu: expected CPUs, which a TrainJob needs beside amd.com/gpu",
+        ),
         ("- image", "expected a mapping, found list"),
         ("image: [", "is not a readable YAML file"),
     ],
@@ -303,6 +319,23 @@ def test_parameters_become_the_defaults_and_strange_ones_are_refused(tmp_path: P
     with pytest.raises(PipelineError, match="pipeline experiment has no seeds; leave out --seeds"):
         compile_pipeline("experiment", tmp_path / "other.yaml", parameters={"seeds": 2})
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_a_compiled_file_has_the_preset_and_changes_it_was_given(tmp_path: Path) -> None:
+    out, svip = str(tmp_path / "out.yaml"), CliRunner()
+    given = ["--preset", "paper/cub", "optim.lr=1e-5", "--variants", "baseline,full", "--seeds", "3"]
+    done = svip.invoke(app, ["compile", "ablation", *given, "--out", out], catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (0, f"{out}\n")
+    spec, _ = read_strictly(Path(out))
+    inputs = spec["root"]["inputDefinitions"]["parameters"]
+    assert {name: entry["defaultValue"] for name, entry in inputs.items() if name != "continues"} == {
+        "preset": "paper/cub",
+        "overrides": ["optim.lr=1e-5"],
+        "variants": ["baseline", "full"],
+        "seeds": 3,
+    }
+    wrong = svip.invoke(app, ["compile", "ablation", "optim.rl=1e-5", "--out", str(tmp_path / "none.yaml")])
+    assert isinstance(wrong.exception, ConfigError) and not (tmp_path / "none.yaml").exists()
 
 
 def test_no_command_loads_kfp_before_it_is_needed() -> None:
