@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from svip.cli.shared import Bundle, Out, Overrides, Preset, app, console, example, numbers_table, quoted
+from svip.cli.shared import Bundle, Out, Overrides, Preset, app, check_there, console, example, numbers_table, quoted
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +191,7 @@ def embed_attributes(
     - a name of gensim-data: `word2vec-google-news-300`
     - an address: `s3://bucket/glove.6B.300d.txt`, `https://...`
     """
+    check_there(bundle=bundle)
     from svip import steps
 
     chosen = list(overrides or [])
@@ -212,6 +213,7 @@ def push_bundle(
     bundle: Bundle, to: Annotated[str, typer.Option(help="Address to upload it to: s3://bucket/prefix.")]
 ) -> None:
     """Upload a split bundle, so that other machines can use its address as --bundle."""
+    check_there(bundle=bundle)
     from svip import steps
 
     print(f"{to}: bundle {steps.push_bundle(bundle, to)[:12]}")

@@ -125,7 +125,13 @@ def test_config_prints_what_would_run_and_it_is_a_preset_itself(svip: Run, tmp_p
             ["train", "--bundle", ".", "--vectors", ".", "-o", "x", "optim.epochs=0"],
             "optim.epochs=0: expected at",
         ),
-        (["evaluate", "--checkpoint", ".", "--bundle", "nowhere", "-o", "x"], "not a split bundle (no bundle.json)"),
+        (["train", "--bundle", ".", "--vectors", ".", "-o", "x"], ". is not a split bundle (no bundle.json); make one"),
+        (
+            ["evaluate", "--checkpoint", "gone", "--bundle", ".", "-o", "x"],
+            "gone holds no finished training (there is no",
+        ),
+        (["predict", "a.jpg", "b.jpg", "--checkpoint", "."], "there is no file a.jpg, b.jpg"),
+        (["fetch", "cubb", "--root", "x"], "nothing to fetch is called 'cubb'; did you mean 'cub'?"),
         (["prepare-data", "-o", "x", "--dataset", "sun"], "give the folder that holds the archives of sun (--root)"),
     ],
 )
@@ -150,6 +156,37 @@ def test_the_process_itself_ends_with_one_line_and_exit_code_1(tmp_path: Path) -
     assert done.stderr == "error: override: unknown key 'optim.lrr'; did you mean 'optim.lr'?\n"
 
 
+def test_a_mistyped_name_is_told_before_what_takes_seconds_to_load(tmp_path: Path) -> None:
+    commands = [
+        "train --bundle gone --vectors gone -o x",
+        "evaluate --checkpoint gone --bundle gone -o x",
+        "predict gone.jpg --checkpoint gone",
+        "tune --bundle gone --vectors gone -o x",
+        "compare --experiment gone",
+        "rerun gone",
+        "register gone",
+    ]
+    code = (
+        "import sys\nfrom svip.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    sys.argv = ['svip', *command.split()]\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as ended:\n"
+        "        print(ended.code, sorted({'torch', 'mlflow', 'optuna'} & set(sys.modules)))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *commands],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["1 []"] * len(commands)
+    assert list(tmp_path.iterdir()) == [], "nor is mlflow.db made by looking into it"
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, svip: Run) -> None:
     monkeypatch.setattr(sys, "argv", ["svip", "--debug", "config", "optim.lrr=1"])
     with pytest.raises(ValueError, match="unknown key"):
@@ -160,7 +197,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, svip: Run) -
 def test_a_wrong_usage_is_exit_code_2_and_says_what_was_expected(svip: Run, arguments: list[str]) -> None:
     code, _, err = svip(*arguments)
     assert code == 2
-    assert "--help" in err
+    assert err.startswith("error: ") and err.endswith(f" (svip {arguments[0]} --help)\n") and err.count("\n") == 1
     assert "--checkpoint" in err or "'synthetic', 'cub', 'awa2', 'sun', 'apy', 'custom'" in err
 
 
@@ -325,12 +362,14 @@ def test_the_results_table_fits_a_terminal_and_labels_the_oracle(
 def test_training_prints_what_the_validation_classes_said(
     svip: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    bundle, words = write_bundle(tmp_path / "bundle").path, tmp_path / "words"
+    svip("embed-attributes", "--bundle", bundle, "--out", words)
     reached = {"run_id": "abc", "val/T1": 50.04, "val/U": 1, "val/S": 2.0, "val/H": 3.0}
     monkeypatch.setattr("svip.steps.train", lambda *arguments: dict(reached))
-    _, out, _ = svip("train", "--bundle", tmp_path, "--vectors", tmp_path, "--out", "runs/[x]")
+    _, out, _ = svip("train", "--bundle", bundle, "--vectors", words, "--out", "runs/[x]")
     assert out == "trained: runs/[x] (MLflow run abc)\non the validation classes: T1 50.0, U 1.0, S 2.0, H 3.0\n"
     reached = {"run_id": "abc"}
-    _, out, _ = svip("train", "--bundle", tmp_path, "--vectors", tmp_path, "--out", "run", "train.select=false")
+    _, out, _ = svip("train", "--bundle", bundle, "--vectors", words, "--out", "run", "train.select=false")
     assert out == "trained: run (MLflow run abc)\n"
 
 
