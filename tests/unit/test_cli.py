@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+from pipelines.cli import app as pipeline
 from svip import cli
 from svip.cli import shared
 from svip.config import Config, from_yaml, load_config, presets
@@ -93,6 +96,25 @@ def test_help_of_a_command_fits_a_terminal_and_ends_with_an_example_that_parses(
     COMMANDS[name].make_context(name, shlex.split(example)[2:])  # exits for an option that it doesn't have
     for option in COMMANDS[name].params:
         assert getattr(option, "help", None) or option.hidden or option.name == "help", f"{option.name} has no help"
+
+
+def test_every_command_of_the_readme_and_the_docs_parses() -> None:
+    root = Path(__file__).parents[2]
+    commands = {"pipeline": typer.main.get_command(pipeline), **COMMANDS}
+    found = 0
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
+            for line in re.findall(r"^svip (.*)", block.replace("\\\n", " "), re.M):
+                name, *arguments = shlex.split(line, comments=True)
+                command = commands[name]
+                while isinstance(command, TyperGroup):
+                    name, command = arguments[0], command.commands[arguments.pop(0)]
+                try:
+                    command.make_context(name, arguments)
+                except typer.TyperException as error:
+                    pytest.fail(f"{page.name}: svip {line}: {error.format_message()}")
+                found += 1
+    assert found > 50
 
 
 @pytest.mark.parametrize("name", ["prepare-data", "embed-attributes", "train", "config", "benchmark"])
