@@ -44,6 +44,7 @@ ui: $(READY)  ## show the tracked runs at http://127.0.0.1:5000 (PORT=5000)
 	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --port $(PORT)
 
 image:  ## build the image (IMAGE=svip:latest TARGET=cpu|cuda TORCH_INDEX=address WHEELS=folder; docs/docker.md)
+	@infra/server.sh engine
 	@$(if $(WHEELS),$(PYTHON) -m http.server --bind 127.0.0.1 --directory "$(WHEELS)" $(WHEELS_PORT) >/dev/null 2>&1 & \
 	    trap "kill $$!" EXIT;) \
 	docker build -f infra/docker/Dockerfile --target $(TARGET) -t $(IMAGE) --build-arg GIT_SHA=$(GIT_SHA) \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tracking server of infra/compose.yaml. `server.sh up` starts it and waits until it answers; `server.sh down` stops
 # it and keeps what it holds; `server.sh down --volumes` removes that too; `server.sh compose ...` is any other command
-# of Compose. infra/.env has the server's settings and passwords.
+# of Compose; `server.sh engine` fails where no Docker engine answers. infra/.env has the server's settings and
+# passwords.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -28,11 +29,15 @@ setting() { # NAME DEFAULT: the value in .env
     echo "${value:-$2}"
 }
 
-need_docker() {
+need_engine() {
     command -v docker >/dev/null || fail "there is no docker command: install Docker Engine with its compose plugin"
+    docker info >/dev/null 2>&1 || fail "no Docker engine answers: start it, or set DOCKER_HOST"
+}
+
+need_docker() {
+    need_engine
     docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null ||
         fail "docker has no compose: install its plugin (package docker-compose-plugin, docker-compose-v2 or docker-compose)"
-    docker info >/dev/null 2>&1 || fail "no Docker engine answers: start it, or set DOCKER_HOST"
 }
 
 # .env.example with a random value for each name that has none; written aside first, so that it is whole or not there
@@ -109,5 +114,6 @@ up) need_docker && up ;;
 down) need_docker && started_here && down "${@:2}" ;;
 compose) started_here && compose "${@:2}" ;;
 env) make_env ;;
-*) fail "usage: infra/server.sh up | down [--volumes] | compose ... | env" ;;
+engine) need_engine ;;
+*) fail "usage: infra/server.sh up | down [--volumes] | compose ... | env | engine" ;;
 esac

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from svip.cli.shared import Bundle, Out, Overrides, Preset, app, console, example, numbers_table, quoted
+from svip.cli.shared import Bundle, Out, Overrides, Preset, app, check_there, console, example, numbers_table, quoted
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ def datasets(
         return
     sets = numbers_table(["data set"], ["images", "seen + unseen classes", "attributes"])
     sets.add_column(f"under {root}")
-    archives = numbers_table(["archive"], ["size"])
-    for column in ("of", "licence", f"under {root}"):
-        archives.add_column(column)
-    named: set[str] = set()
+    archives = numbers_table(["NAME", "archive"], ["size"])
+    archives.add_column(f"under {root}")
+    for column in archives.columns[:2]:  # what is to be copied is never cut
+        column.no_wrap = True
     for package in packages:
         if "images" in package:
             seen = f"{package['seen_classes']} + {package['unseen_classes']}"
@@ -50,12 +50,10 @@ def datasets(
         for archive in package["archives"]:
             if len(package["archives"]) > 1 and archive["name"] == "xlsa17.zip":
                 continue  # of all data sets, and a package of its own
-            licence = "" if package["name"] in named else package["licence"]
             state = package["here"]["archives"][archive["name"]]
-            archives.add_row(archive["name"], _gigabytes(archive["size"]), package["name"], licence, state)
-            named.add(package["name"])
+            archives.add_row(package["name"], archive["name"], _gigabytes(archive["size"]), state)
     console.print(sets, archives)
-    print(f"`svip fetch NAME --root {root}` gets what is missing; --json has addresses and citations")
+    print(f"`svip fetch NAME --root {root}` gets what is missing; --json adds licences, addresses and citations")
 
 
 @app.command(
@@ -191,6 +189,7 @@ def embed_attributes(
     - a name of gensim-data: `word2vec-google-news-300`
     - an address: `s3://bucket/glove.6B.300d.txt`, `https://...`
     """
+    check_there(bundle=bundle)
     from svip import steps
 
     chosen = list(overrides or [])
@@ -212,6 +211,7 @@ def push_bundle(
     bundle: Bundle, to: Annotated[str, typer.Option(help="Address to upload it to: s3://bucket/prefix.")]
 ) -> None:
     """Upload a split bundle, so that other machines can use its address as --bundle."""
+    check_there(bundle=bundle)
     from svip import steps
 
     print(f"{to}: bundle {steps.push_bundle(bundle, to)[:12]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +20,15 @@ from svip.cli.shared import (
     Seeds,
     Vectors,
     app,
+    check_files,
+    check_there,
     console,
     example,
     numbers_table,
     print_metrics,
     print_table,
 )
+from svip.config import load_config, presets, to_yaml
 
 
 @app.command(epilog=example("svip train -p paper/cub --bundle bundle --vectors words -o run optim.lr=1e-5"))
@@ -49,6 +53,9 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Choose epoch and gamma on the validation classes, then train the model to keep on trainval."""
+    load_config(preset, overrides or [])
+    if nodes < 2 and "SVIP_NODES" not in os.environ:  # machines of a cluster may have what is not here
+        check_there(bundle=bundle, vectors=vectors)
     from svip import steps
     from svip.training.distributed import speaks
 
@@ -81,6 +88,7 @@ def import_checkpoint(
     overrides: Overrides = None,
 ) -> None:
     """Make a checkpoint of a file that the paper's authors released; nothing of the file is run."""
+    check_files([file])
     from svip import steps
 
     arguments = (str(file), str(word_vectors), str(out), preset, overrides or [], bundle)
@@ -102,6 +110,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a checkpoint: T1, U, S, H by each protocol, beside eszsl and chance."""
+    check_there(checkpoint=checkpoint, bundle=bundle)
     from svip import steps
     from svip.training.distributed import speaks
 
@@ -126,6 +135,8 @@ def ablate(
     overrides: Overrides = None,
 ) -> None:
     """Train and evaluate the variants of the paper's Table 2; goes on where it was stopped."""
+    load_config(preset, overrides or [])
+    check_there(bundle=bundle, vectors=vectors)
     from svip import steps
 
     names = variants.split(",")
@@ -145,6 +156,8 @@ def sensitivity(
     overrides: Overrides = None,
 ) -> None:
     """Vary each parameter of the paper's Figure 4 by itself; goes on where it was stopped."""
+    load_config(preset, overrides or [])
+    check_there(bundle=bundle, vectors=vectors)
     from svip import steps
 
     names = parameters.split(",")
@@ -161,6 +174,7 @@ def report(
     parent_run_id: Parent = "",
 ) -> None:
     """Make the HTML page and the Markdown table of an evaluation."""
+    check_there(evaluation=evaluation, checkpoint=checkpoint, bundle=bundle)
     from svip import steps
 
     print(f"report: {steps.report(str(evaluation), str(checkpoint), bundle, str(out), parent_run_id)}")
@@ -178,6 +192,9 @@ def figures(
     parent_run_id: Parent = "",
 ) -> None:
     """Draw the paper's figures 3, 5, 6 and 7 for a checkpoint, and a page with their captions."""
+    check_there(checkpoint=checkpoint, bundle=bundle)
+    if baseline:
+        check_there(checkpoint=baseline)
     from svip import steps
 
     print("\n".join(steps.figures(str(checkpoint), bundle, out, baseline, images, parent_run_id)))
@@ -202,10 +219,10 @@ def predict(
     ] = None,
 ) -> None:
     """Say what is on photos, of known classes or of new ones, and which attributes and patches decided."""
-    from svip import steps
-    from svip.predict import write_template
-
     if template is not None:
+        check_there(checkpoint=checkpoint)
+        from svip.predict import write_template
+
         write_template(checkpoint, template)
         print(f"written: {template}; a line for each class, its name and the attributes as numbers")
         return
@@ -215,6 +232,10 @@ def predict(
         )
     if not images:
         raise typer.BadParameter("give at least one image (or --template)", param_hint="IMAGE")
+    check_files([*images, *([classes] if classes else [])])
+    check_there(checkpoint=checkpoint)
+    from svip import steps
+
     results = steps.predict(
         [str(image) for image in images], str(checkpoint), str(classes or ""), with_known, top, str(out or "")
     )
@@ -232,8 +253,6 @@ def config(
     overrides: Overrides = None,
 ) -> None:
     """Print a resolved configuration; this is what would run."""
-    from svip.config import load_config, presets, to_yaml
-
     print("\n".join(presets()) if names else to_yaml(load_config(preset, overrides or [])), end="\n" if names else "")
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from svip import tracking
 from svip.cli.shared import app, console, example, numbers_table
 
 
@@ -35,6 +36,8 @@ def rerun(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what made it, and what differs here.")] = False,
 ) -> None:
     """Do a run again from what MLflow keeps of it; exit code 1 where the numbers don't agree."""
+    tracking.check_tracked()
+    tracking.find_runs(run_id)  # a wrong id is told before PyTorch is loaded
     from svip import steps
     from svip.evaluation.metrics import ACCURACIES
 
@@ -80,6 +83,7 @@ def register(
     ] = "",
 ) -> None:
     """Register a tested model: as champion where its H is better than the champion's beyond its interval."""
+    tracking.check_tracked()
     from svip import steps
 
     done = steps.register(run, name)

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from svip import tracking
 from svip.cli.shared import app, console, example, numbers_table
 
 
@@ -38,6 +39,7 @@ def compare(
     ),
 ) -> None:
     """Compare tracked runs: T1, U, S, H with 95 % intervals, and what differs in how they were made."""
+    tracking.check_tracked()
     from svip import steps
     from svip.evaluation.run_comparison import describe, groups_table, runs_table
 

@@ -52,6 +52,34 @@ def set_up(
         logging.getLogger().setLevel(logging.DEBUG)
 
 
+PARTS = {
+    "bundle": ("bundle.json", "is not a split bundle", "make one with `svip prepare-data`"),
+    "vectors": ("vectors.npy", "holds no attribute vectors", "make them with `svip embed-attributes`"),
+    "checkpoint": ("model.json", "holds no finished training", "run `svip train --out` on it"),
+    "evaluation": ("metrics.json", "holds no evaluation", "make one with `svip evaluate`"),
+}
+"""What a command starts from: a file that is always in such a folder, and what to say where it is not."""
+
+
+def check_there(**places: str | Path) -> None:
+    """Raises for the first folder that is not what it should be (see PARTS), and looks at nothing that is far away.
+
+    Steps look closer, but only once PyTorch is loaded, and who has mistyped a name should not wait for that.
+    """
+    for kind, place in places.items():
+        file, problem, remedy = PARTS[kind]
+        if str(place).startswith(("s3://", "http://", "https://")) or (Path(place) / file).is_file():
+            continue
+        missing = f"no {file}" if Path(place).is_dir() else "there is no such folder"
+        raise ValueError(f"{place} {problem} ({missing}); {remedy}")
+
+
+def check_files(files: Sequence[str | Path]) -> None:
+    """Raises where some of the files are not there, and names these; at once, as ``check_there``."""
+    if missing := [str(file) for file in files if not Path(file).is_file()]:
+        raise FileNotFoundError(f"there is no file {', '.join(missing)}")
+
+
 def quoted(text: str) -> str:
     """The value of an override that means just this text: YAML would read a folder 1.10 as a number."""
     return json.dumps(text, ensure_ascii=False)

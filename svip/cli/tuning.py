@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from svip.cli.shared import Out, Overrides, Parent, Preset, app, example
+from svip.cli.shared import Out, Overrides, Parent, Preset, app, check_there, example
+from svip.config import load_config
 
 
 @app.command(epilog=example("svip tune --bundle bundle --vectors words -o tuning --trials 40"))
@@ -47,14 +48,18 @@ def tune(
     overrides: Overrides = None,
 ) -> None:
     """Search for better values on the validation classes; goes on where it was stopped."""
-    from svip import steps
-
     if dashboard:
+        from svip import steps
+
         steps.tuning_dashboard(str(out), storage, port)
         return
     for option, value in (("--bundle", bundle), ("--vectors", vectors)):
         if not value:
             raise typer.BadParameter("is needed to tune", param_hint=option)
+    load_config(preset, overrides or [])
+    check_there(bundle=bundle, vectors=vectors)
+    from svip import steps
+
     if worker:
         steps.tune_worker(bundle, vectors, str(out), max_errors, processes, storage)
         return

@@ -266,7 +266,9 @@ def photo_folder(spec: DatasetSpec, root: Path) -> Path:
     if spec.folder == ".":
         return attribute_file(spec, root).parents[1]
     hint = f" ({spec.mistaken_for})" if spec.mistaken_for else ""
-    return _locate(f"the photos of {spec.name}{hint}", [parent / spec.folder for parent in _homes(spec, root)])
+    return _locate(
+        spec, root, f"the photos of {spec.name}{hint}", [parent / spec.folder for parent in _homes(spec, root)]
+    )
 
 
 def attribute_file(spec: DatasetSpec, root: Path) -> Path:
@@ -274,13 +276,14 @@ def attribute_file(spec: DatasetSpec, root: Path) -> Path:
     homes = [parent / spec.folder for parent in _homes(spec, root)]
     # normalised as text: "images/.." can't be followed where images is not there
     places = [_normal(home, name) for home in homes for name in spec.attribute_files]
-    return _locate(f"the attribute names of {spec.name}", places)
+    return _locate(spec, root, f"the attribute names of {spec.name}", places)
 
 
 def xlsa17_folder(spec: DatasetSpec, root: Path) -> Path:
     """The data set's folder of xlsa17, which holds att_splits.mat; DataError as above."""
     places = [root / parent / spec.xlsa17 for parent in ("xlsa17/data", "xlsa17", "data")]
-    return _locate(f"xlsa17's att_splits.mat of {spec.name}", [place / "att_splits.mat" for place in places]).parent
+    files = [place / "att_splits.mat" for place in places]
+    return _locate(spec, root, f"xlsa17's att_splits.mat of {spec.name}", files).parent
 
 
 def _homes(spec: DatasetSpec, root: Path) -> list[Path]:
@@ -291,9 +294,12 @@ def _normal(home: Path, name: str) -> Path:
     return home.parent / name.removeprefix("../") if name.startswith("../") else home / name
 
 
-def _locate(what: str, places: Sequence[Path]) -> Path:
+def _locate(spec: DatasetSpec, root: Path, what: str, places: Sequence[Path]) -> Path:
     for place in places:
         if place.exists():
             return place
     tried = "".join(f"\n  {place}" for place in places)
-    raise DataError(f"{what} not found; set data.root (--root) to the folder that holds the archives. Tried:{tried}")
+    raise DataError(
+        f"{what} not found; `svip fetch {spec.name} --root {root}` gets all of {spec.name}, or set data.root (--root) "
+        f"to the folder that holds the archives. Tried:{tried}"
+    )

@@ -8,6 +8,7 @@ where ``catalog`` looks for it. A mirror is a flat folder (on S3, on a web serve
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 import os
@@ -136,7 +137,9 @@ def _say_found(there: Presence, root: Path) -> None:
 def archives_of(name: str) -> list[Archive]:
     """The archives of a data set or of word vectors, "all" for those of all data sets; DataError for another name."""
     if name != "all" and name not in PACKAGES:
-        raise DataError(f"nothing to fetch is called {name!r}; choose one of {', '.join(PACKAGES)}, all")
+        close = difflib.get_close_matches(name, PACKAGES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise DataError(f"nothing to fetch is called {name!r}; {hint}there are: {', '.join(PACKAGES)}, all")
     packages = CATALOG.values() if name == "all" else [PACKAGES[name]]
     return list(dict.fromkeys(archive for package in packages for archive in package.archives))
 

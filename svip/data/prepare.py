@@ -127,7 +127,10 @@ def plan_bundle(config: Config) -> Plan:
 def _read_archives(data: DataConfig) -> tuple[Listing, Path]:
     """What xlsa17 says of a real data set, and the folder below which its photos lie."""
     if data.root is None:
-        raise DataError(f"data.root is not set; give the folder that holds the archives of {data.dataset} (--root)")
+        raise DataError(
+            f"data.root is not set; give the folder that holds the archives of {data.dataset} (--root), or an empty "
+            "one and --mirror web to fetch them"
+        )
     spec, root = CATALOG[data.dataset], Path(data.root)
     if data.mirror:
         fetch(data.dataset, root, data.mirror)

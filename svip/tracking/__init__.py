@@ -26,7 +26,7 @@ from svip.tracking.registry import (
 )
 from svip.tracking.runs import DESCRIPTION, Tracker, log_to_run, open_tracker, runs_of_their_own
 from svip.tracking.search import evaluations_of, search_evaluations
-from svip.tracking.store import TrackingError, shown_uri, tracking_uri, without_password
+from svip.tracking.store import TrackingError, check_tracked, shown_uri, tracking_uri, without_password
 from svip.tracking.sync import sync
 from svip.tracking.system import system_metrics
 
@@ -47,6 +47,7 @@ __all__ = [
     "TrackingError",
     "Version",
     "champion_of",
+    "check_tracked",
     "close_run",
     "code_diff",
     "describe",

@@ -114,6 +114,13 @@ def is_file(uri: str) -> bool:
     return uri.startswith("sqlite:")
 
 
+def check_tracked() -> None:
+    """TrackingError where nothing can be read: the store is a SQLite file, and not there. MLflow would make it."""
+    file = Path(tracking_uri().removeprefix("sqlite:///"))
+    if is_file(tracking_uri()) and not file.exists():
+        raise TrackingError(f"nothing is tracked: there is no {file}; go to its folder, or set MLFLOW_TRACKING_URI")
+
+
 @functools.cache
 def client_of(uri: str) -> MlflowClient:
     """A client that leaves the terminal alone; the first one of a new SQLite file makes its tables (seconds)."""

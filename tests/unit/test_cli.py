@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+from pipelines.cli import app as pipeline
 from svip import cli
 from svip.cli import shared
 from svip.config import Config, from_yaml, load_config, presets
@@ -95,6 +98,25 @@ def test_help_of_a_command_fits_a_terminal_and_ends_with_an_example_that_parses(
         assert getattr(option, "help", None) or option.hidden or option.name == "help", f"{option.name} has no help"
 
 
+def test_every_command_of_the_readme_and_the_docs_parses() -> None:
+    root = Path(__file__).parents[2]
+    commands = {"pipeline": typer.main.get_command(pipeline), **COMMANDS}
+    found = 0
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
+            for line in re.findall(r"^svip (.*)", block.replace("\\\n", " "), re.M):
+                name, *arguments = shlex.split(line, comments=True)
+                command = commands[name]
+                while isinstance(command, TyperGroup):
+                    name, command = arguments[0], command.commands[arguments.pop(0)]
+                try:
+                    command.make_context(name, arguments)
+                except typer.TyperException as error:
+                    pytest.fail(f"{page.name}: svip {line}: {error.format_message()}")
+                found += 1
+    assert found > 50
+
+
 @pytest.mark.parametrize("name", ["prepare-data", "embed-attributes", "train", "config", "benchmark"])
 def test_overrides_are_announced_as_key_value(name: str) -> None:
     usage = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "80"}).output.strip().splitlines()[0]
@@ -125,7 +147,13 @@ def test_config_prints_what_would_run_and_it_is_a_preset_itself(svip: Run, tmp_p
             ["train", "--bundle", ".", "--vectors", ".", "-o", "x", "optim.epochs=0"],
             "optim.epochs=0: expected at",
         ),
-        (["evaluate", "--checkpoint", ".", "--bundle", "nowhere", "-o", "x"], "not a split bundle (no bundle.json)"),
+        (["train", "--bundle", ".", "--vectors", ".", "-o", "x"], ". is not a split bundle (no bundle.json); make one"),
+        (
+            ["evaluate", "--checkpoint", "gone", "--bundle", ".", "-o", "x"],
+            "gone holds no finished training (there is no",
+        ),
+        (["predict", "a.jpg", "b.jpg", "--checkpoint", "."], "there is no file a.jpg, b.jpg"),
+        (["fetch", "cubb", "--root", "x"], "nothing to fetch is called 'cubb'; did you mean 'cub'?"),
         (["prepare-data", "-o", "x", "--dataset", "sun"], "give the folder that holds the archives of sun (--root)"),
     ],
 )
@@ -150,6 +178,37 @@ def test_the_process_itself_ends_with_one_line_and_exit_code_1(tmp_path: Path) -
     assert done.stderr == "error: override: unknown key 'optim.lrr'; did you mean 'optim.lr'?\n"
 
 
+def test_a_mistyped_name_is_told_before_what_takes_seconds_to_load(tmp_path: Path) -> None:
+    commands = [
+        "train --bundle gone --vectors gone -o x",
+        "evaluate --checkpoint gone --bundle gone -o x",
+        "predict gone.jpg --checkpoint gone",
+        "tune --bundle gone --vectors gone -o x",
+        "compare --experiment gone",
+        "rerun gone",
+        "register gone",
+    ]
+    code = (
+        "import sys\nfrom svip.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    sys.argv = ['svip', *command.split()]\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as ended:\n"
+        "        print(ended.code, sorted({'torch', 'mlflow', 'optuna'} & set(sys.modules)))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *commands],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["1 []"] * len(commands)
+    assert list(tmp_path.iterdir()) == [], "nor is mlflow.db made by looking into it"
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, svip: Run) -> None:
     monkeypatch.setattr(sys, "argv", ["svip", "--debug", "config", "optim.lrr=1"])
     with pytest.raises(ValueError, match="unknown key"):
@@ -160,7 +219,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, svip: Run) -
 def test_a_wrong_usage_is_exit_code_2_and_says_what_was_expected(svip: Run, arguments: list[str]) -> None:
     code, _, err = svip(*arguments)
     assert code == 2
-    assert "--help" in err
+    assert err.startswith("error: ") and err.endswith(f" (svip {arguments[0]} --help)\n") and err.count("\n") == 1
     assert "--checkpoint" in err or "'synthetic', 'cub', 'awa2', 'sun', 'apy', 'custom'" in err
 
 
@@ -298,7 +357,8 @@ def test_datasets_lists_what_there_is_and_what_is_here(svip: Run, tmp_path: Path
     rows = [line.replace("│", " ").split() for line in out.splitlines()]
     assert ["cub", "11,788", "150", "+", "50", "312", "0", "photos,", "no", "splits"] in rows
     assert ["awa2", "37,322", "40", "+", "10", "85", "1", "photos,", "no", "splits"] in rows
-    assert any(row[:4] == ["CUB_200_2011.tgz", "1.15", "GB", "cub"] and row[-1] == "missing" for row in rows)
+    assert ["cub", "CUB_200_2011.tgz", "1.15", "GB", "missing"] in rows
+    assert ["sun", "SUNAttributeDB_Images.tar.gz", "missing"] in rows, "the longest name, whole in 80 columns"
     assert f"svip fetch NAME --root {tmp_path}" in out
     entries = json.loads(svip("datasets", "--root", tmp_path, "--json")[1])
     assert [entry["name"] for entry in entries] == ["cub", "awa2", "sun", "apy", "xlsa17", "glove.6B", "glove.840B"]
@@ -334,12 +394,14 @@ def test_the_results_table_fits_a_terminal_and_labels_the_oracle(
 def test_training_prints_what_the_validation_classes_said(
     svip: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    bundle, words = write_bundle(tmp_path / "bundle").path, tmp_path / "words"
+    svip("embed-attributes", "--bundle", bundle, "--out", words)
     reached = {"run_id": "abc", "val/T1": 50.04, "val/U": 1, "val/S": 2.0, "val/H": 3.0}
     monkeypatch.setattr("svip.steps.train", lambda *arguments: dict(reached))
-    _, out, _ = svip("train", "--bundle", tmp_path, "--vectors", tmp_path, "--out", "runs/[x]")
+    _, out, _ = svip("train", "--bundle", bundle, "--vectors", words, "--out", "runs/[x]")
     assert out == "trained: runs/[x] (MLflow run abc)\non the validation classes: T1 50.0, U 1.0, S 2.0, H 3.0\n"
     reached = {"run_id": "abc"}
-    _, out, _ = svip("train", "--bundle", tmp_path, "--vectors", tmp_path, "--out", "run", "train.select=false")
+    _, out, _ = svip("train", "--bundle", bundle, "--vectors", words, "--out", "run", "train.select=false")
     assert out == "trained: run (MLflow run abc)\n"
 
 

@@ -173,3 +173,10 @@ def test_the_command_shows_a_fix_and_fails_where_there_is_a_problem(monkeypatch:
     assert "1 problem" in ill.output
     found = json.loads(CliRunner().invoke(cli.app, ["doctor", "--json"]).stdout)
     assert [finding["name"] for finding in found if finding["state"] == "problem"] == ["MLflow"]
+
+
+def test_a_container_is_told_that_it_needs_no_docker_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # what every pod has
+    (finding,) = doctor.docker_engine()
+    assert (finding.state, finding.found) == ("ok", "no engine, and none is needed: this is a container")

@@ -220,7 +220,7 @@ def test_all_are_all_data_sets_with_what_they_share_once() -> None:
     every = archives_of("all")
     assert {archive.name for archive in every} >= {"CUB_200_2011.tgz", "AwA2-data.zip", "xlsa17.zip"}
     assert len({archive.name for archive in every}) == len(every)
-    with pytest.raises(DataError, match="choose one of cub, "):
+    with pytest.raises(DataError, match="there are: cub, "):
         archives_of("cup")
 
 
