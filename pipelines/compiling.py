@@ -23,13 +23,11 @@ def compile_pipeline(
 ) -> None:
     """Compile to ``out``; ``parameters`` become the defaults of the pipeline's own.
 
-    With a ``cluster`` the file has a second YAML document, which local runners do without. PipelineError for a
-    parameter that the pipeline lacks.
+    With a ``cluster`` the file has a second YAML document, which local runners do without. Errors are those of
+    ``find_pipeline``.
     """
-    pipeline, values = find_pipeline(name), dict(parameters or {})
-    strange = sorted(set(values) - set(pipeline.component_spec.inputs))
-    if strange:
-        raise PipelineError(f"pipeline {name} has no {', '.join(strange)}; leave out --{' and --'.join(strange)}")
+    values = dict(parameters or {})
+    pipeline = find_pipeline(name, values)
     if cluster:
         pipeline = with_settings(pipeline, cluster)
     out.parent.mkdir(parents=True, exist_ok=True)
