@@ -97,6 +97,7 @@ def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path, spa
 @contextlib.contextmanager
 def _stopping_with(stop: Callable[[], None]) -> Iterator[None]:
     def handle(number: int, _: Any) -> None:
+        os.write(2, b"\nstopping ...\n")  # print() must not be interrupted by itself
         for stopping in before:  # once is enough; ignoring them would make what is started ignore them too
             signal.signal(stopping, lambda number, _: None)
         stop()

@@ -212,7 +212,7 @@ def test_a_loop_that_is_stopped_ends_its_steps_and_begins_no_other(tmp_path: Pat
         _, said = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert "stopped. The same command starts it again." in said
+    assert said.index("stopping ...") < said.index("stopped. The same command starts it again.")
     started = sorted(path.stem for path in tmp_path.glob("*.started"))
     assert len(started) == 2
     assert sorted(path.stem for path in tmp_path.glob("*.ended")) == started, "the steps had time to close their runs"
