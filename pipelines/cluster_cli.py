@@ -58,8 +58,9 @@ def compile_command(
     """Write a pipeline as the YAML file that any Kubeflow Pipelines 2 server takes."""
     from pipelines.compiling import compile_pipeline  # kfp takes a while, and every command of svip loads this module
 
-    compile_pipeline(name, out, load_cluster(cluster) if cluster else None)
-    print(out)
+    steps = compile_pipeline(name, out, load_cluster(cluster) if cluster else None)
+    print(f"{out}: pipeline {name}, image {', '.join(sorted(set(steps.values())))}")
+    print(f"steps: {', '.join(steps)}")
 
 
 @app.command("submit", epilog=example("svip pipeline submit experiment -p paper/cub --cluster cluster.yaml --wait"))
