@@ -67,8 +67,9 @@ def finish(out: Path, asked: Mapping[str, Any]) -> None:
 
 
 def training_begun(out: Path) -> bool:
-    """Whether there is a training to go on with."""
-    return (out / "work").is_dir() and any(path.is_dir() for path in (out / "work").iterdir())
+    """Whether there is a training or a study to go on with: one that failed before its first checkpoint is none."""
+    kept = ("state.pt", "*.safetensors", "study.journal")
+    return any(True for name in kept for _ in (out / "work").rglob(name))
 
 
 def _read(out: Path) -> dict[str, Any] | None:

@@ -195,8 +195,10 @@ def test_a_folder_with_results_is_finished_for_the_same_settings_and_refuses_oth
 
 def test_a_folder_in_which_training_has_begun_is_kept_for_its_settings(tmp_path: Path) -> None:
     record.begin(tmp_path, experiment("data.seed=1"))
+    training = tmp_path / "work" / "svip-1" / "select"
+    training.mkdir(parents=True)
     assert not record.is_finished(tmp_path, experiment("data.seed=2")), "nothing would be lost"
-    (tmp_path / "work" / "svip-1").mkdir(parents=True)
+    (training / "state.pt").touch()
     assert not record.is_finished(tmp_path, experiment("data.seed=1")), "it is gone on with"
     with pytest.raises(
         PipelineError, match=r"was begun with other settings \(data.seed: 1 -> 2\); use the same to go on"
