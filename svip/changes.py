@@ -10,8 +10,10 @@ from typing import Any
 
 from svip.config import Config, flatten, variant
 
-PLACES = ("data.root", "data.mirror", "train.device", "train.workers", "train.checkpoint_steps")
+CHANGE_NOTHING = ("data.root", "data.mirror", "train.device", "train.workers", "train.checkpoint_steps")
 """Where and in what portions a run works: two runs that differ in these alone are meant to give the same numbers."""
+NOT_OF_TRAINING = (*CHANGE_NOTHING, "evaluation.")
+"""Beginnings of the keys that decide nothing of a training: what was begun goes on with others too."""
 PAPER = {"model.selected_groups": "M", "train.seed": "seed"}
 """Keys that have a better short name than their last part."""
 IN_VARIANT = ("model.contextualize", "model.context", "model.readout")
@@ -21,10 +23,10 @@ LONGEST_NAME = 100
 
 
 def changes(config: Config, base: Config) -> dict[str, str]:
-    """Dotted key -> the value of ``config`` as text, for all that isn't as in ``base`` (PLACES left out)."""
+    """Dotted key -> the value of ``config`` as text, for all that isn't as in ``base`` (CHANGE_NOTHING left out)."""
     now, before = expanded(flatten(config)), expanded(flatten(base))
     keys = [*now, *(key for key in before if key not in now)]
-    return {key: as_text(now.get(key)) for key in keys if key not in PLACES and now.get(key) != before.get(key)}
+    return {key: as_text(now.get(key)) for key in keys if key not in CHANGE_NOTHING and now.get(key) != before.get(key)}
 
 
 def changes_text(changed: Mapping[str, str]) -> str:

@@ -11,9 +11,6 @@ from rich.table import Table
 
 from svip.cli.shared import app, console, example, numbers_table
 
-HEADLINES = tuple(f"{part}/{name}" for part in ("val", "test") for name in ("T1", "U", "S", "H"))
-"""Numbers that are shown even where they agree exactly; ``rerun.json`` has all."""
-
 
 @app.command(epilog=example("svip rerun 0123456789abcdef0123456789abcdef --out again"))
 def rerun(
@@ -39,6 +36,7 @@ def rerun(
 ) -> None:
     """Do a run again from what MLflow keeps of it; exit code 1 where the numbers don't agree."""
     from svip import steps
+    from svip.evaluation.metrics import ACCURACIES
 
     folder = out or Path("reruns") / run_id
     result = steps.rerun(run_id, str(folder), bundle, vectors, tolerance, dry_run)
@@ -54,8 +52,9 @@ def rerun(
     lines = result["metrics"]
     table = numbers_table(["number"], ["recorded", "rerun"])
     table.add_column("")
+    shown_anyway = {f"{part}/{name}" for part in ("val", "test") for name in ACCURACIES}  # rerun.json has all
     for line in lines:
-        if line["name"] in HEADLINES or line["verdict"] != "exact":
+        if line["name"] in shown_anyway or line["verdict"] != "exact":
             values = ["-" if line[key] is None else f"{line[key]:.6g}" for key in ("recorded", "rerun")]
             table.add_row(escape(line["name"]), *values, line["verdict"])
     console.print(table)

@@ -59,10 +59,11 @@ def quoted(text: str) -> str:
 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """The results table, as the report shows it."""
+    from svip.evaluation.metrics import ACCURACIES
     from svip.evaluation.report import result_rows
 
     print("Accuracy in percent (mean of per-class top-1)")
-    table = numbers_table(["method", "protocol"], ["T1", "U", "S", "H", "gamma"])
+    table = numbers_table(["method", "protocol"], [*ACCURACIES, "gamma"])
     for row in result_rows(metrics):
         table.add_row(row.method, row.note, *row.values, style="bold" if row.is_result else None)
     console.print(table)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from svip import tracking
-from svip.changes import PLACES, as_text, expanded
+from svip.changes import NOT_OF_TRAINING, as_text, expanded
 from svip.evaluation import run_comparison
 from svip.evaluation.intervals import Answers
 from svip.evaluation.metrics import ACCURACIES
@@ -21,7 +21,7 @@ from svip.evaluation.run_comparison import Comparison, Entry
 log = logging.getLogger(__name__)
 
 SORTS = (*ACCURACIES, "gamma", "name", "seed")
-NO_SETTINGS = (*PLACES, "train.seed", "evaluation.")
+NO_SETTINGS = (*NOT_OF_TRAINING, "train.seed")
 """Beginnings of parameters by which a comparison doesn't tell runs apart: they change no number, or stand elsewhere."""
 
 

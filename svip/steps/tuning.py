@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from svip import tracking
+from svip.changes import NOT_OF_TRAINING
 from svip.config import Config, flatten, load_config, to_yaml
 from svip.semantics.vectors import vectors_sha256
 from svip.steps.inputs import open_inputs
 from svip.steps.runs import experiment_of
 from svip.training import distributed
-from svip.training.checkpoint import AFTER_TRAINING
 from svip.training.launch import launch, processes_for
 from svip.tuning.dashboard import show_dashboard
 from svip.tuning.launch import run_workers
@@ -28,9 +28,6 @@ from svip.tuning.study import PRUNERS, SAMPLERS, Settings, Study, create_study, 
 from svip.tuning.worker import Worker
 
 log = logging.getLogger(__name__)
-
-FREE = (*AFTER_TRAINING, "train.checkpoint_steps", "data.root")
-"""Beginnings of the keys that may be others when a study goes on."""
 
 
 def tune(
@@ -204,7 +201,7 @@ def _plan(
     check_objective(config, data)
     settings = Settings(
         preset=preset,
-        config={key: value for key, value in flatten(config).items() if not key.startswith(FREE)},
+        config={key: value for key, value in flatten(config).items() if not key.startswith(NOT_OF_TRAINING)},
         space=_plain([vars(parameter) for parameter in parameters]),
         bundle_sha256=data.sha256,
         words_sha256=vectors_sha256(embedding.vectors),

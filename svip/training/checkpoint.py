@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch.optim import Optimizer
 
+from svip.changes import NOT_OF_TRAINING
 from svip.config import Config, flatten, from_yaml, to_yaml
 from svip.models.contextualization import WordsToPatch
 from svip.models.svip import SVIP
 from svip.training import distributed
 
 AFTER_TRAINING = ("evaluation.", "train.device", "train.workers")
-"""Beginnings of the keys that may be another when a checkpoint is evaluated."""
+"""Beginnings of the keys that may be others when a checkpoint is evaluated: those that an evaluation looks at."""
 
 
 class CheckpointError(ValueError):
@@ -188,8 +189,8 @@ def check_resumable(directory: Path, config: Config) -> None:
     if not saved.exists():
         return
     before, now = flatten(from_yaml(saved)), flatten(config)
-    free = (*AFTER_TRAINING, "train.checkpoint_steps", "data.root")
-    changed = [f"{k}: {before[k]} -> {now[k]}" for k in now if before[k] != now[k] and not k.startswith(free)]
+    compared = [key for key in now if not key.startswith(NOT_OF_TRAINING)]
+    changed = [f"{key}: {before[key]} -> {now[key]}" for key in compared if before[key] != now[key]]
     if changed:
         raise CheckpointError(
             f"{directory} was begun with another configuration ({'; '.join(changed)}); "

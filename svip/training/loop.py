@@ -24,7 +24,7 @@ from svip.data.bundle import TRAINVAL, Bundle
 from svip.data.images import EpochBatches, ImageDataset, loader
 from svip.evaluation.calibration import SeenUnseenCurve
 from svip.evaluation.inference import autocast, choose_device, predict
-from svip.evaluation.metrics import published_metrics, zero_shot_metrics
+from svip.evaluation.metrics import ACCURACIES, published_metrics, zero_shot_metrics
 from svip.models.svip import SVIP
 from svip.semantics.groups import attribute_groups
 from svip.semantics.vectors import vectors_sha256
@@ -104,7 +104,7 @@ def train(
     info: dict[str, Any] = {
         "epochs": kept,
         "gamma": best.get("val/gamma"),
-        "validation": {key: best[f"val/{key}"] for key in ("T1", "U", "S", "H")} if best else None,
+        "validation": {key: best[f"val/{key}"] for key in ACCURACIES} if best else None,
         "published": _best_published(progress.history),
         "bundle_sha256": bundle.sha256,
         "attributes": len(words),
@@ -423,7 +423,7 @@ def _best_published(history: list[dict[str, Any]]) -> dict[str, float] | None:
     if not entries:
         return None
     best = max(entries, key=lambda entry: entry["published/H"])
-    return {"epoch": best["epoch"]} | {key: best[f"published/{key}"] for key in ("T1", "U", "S", "H", "gamma")}
+    return {"epoch": best["epoch"]} | {key: best[f"published/{key}"] for key in (*ACCURACIES, "gamma")}
 
 
 def _remove_leftovers(out: Path) -> None:

@@ -205,6 +205,7 @@ def test_every_key_that_differs_is_named_and_only_those(tmp_path: Path) -> None:
         "train.workers=3",
         "train.checkpoint_steps=7",
         "data.root=elsewhere",
+        "data.mirror=web",
         "evaluation.eszsl=false",
     ],
 )
