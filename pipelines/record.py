@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.catalog import RESULTS, PipelineError
+from svip.changes import CHANGE_NOTHING
 from svip.config import Config, flatten
 from svip.tuning.space import find_space
 
 NAME = "pipeline.json"
-SAME_RESULTS = ("train.device", "train.workers", "train.checkpoint_steps", "data.root")
-"""Keys that may be others than those that finished results were made with."""
 
 
 def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,7 +21,8 @@ def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[st
     asked = {key: parameters[key] for key in ("variants", "seeds", "trials") if key in parameters}
     if "space" in parameters:
         asked["space"] = find_space(parameters["space"], preset).read_text(encoding="utf-8")
-    return dict(json.loads(json.dumps({"pipeline": pipeline, **asked, **flatten(config)})))
+    asked |= {key: value for key, value in flatten(config).items() if key not in CHANGE_NOTHING}
+    return dict(json.loads(json.dumps({"pipeline": pipeline, **asked})))
 
 
 def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
@@ -37,7 +37,7 @@ def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
             raise PipelineError(f"{out} holds {', '.join(strange)} of no known pipeline; use another --out")
         return False
     finished = before["finished"]
-    changed = _changes(before["asked"], asked, free=SAME_RESULTS if finished else ())
+    changed = _changes(before["asked"], asked)
     if changed and finished:
         raise PipelineError(f"{out} holds the results of other settings ({'; '.join(changed)}); use another --out")
     if changed and training_begun(out):
@@ -82,7 +82,7 @@ def _write(out: Path, note: Mapping[str, Any]) -> None:
     part.replace(out / NAME)
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``key: before -> now`` of what both know (another version may have other keys); of a space's text the key."""
-    changed = [key for key in now if key in before and before[key] != now[key] and key not in free]
+    changed = [key for key in now if key in before and before[key] != now[key]]
     return ["space" if key == "space" else f"{key}: {before[key]} -> {now[key]}" for key in changed]
