@@ -17,7 +17,7 @@ NAME = "pipeline.json"
 
 
 def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides what a run comes to, of all parameters of its pipeline: settings, not what they are given as."""
+    """The settings that decide its results, however they are given; ``parameters``: all that the pipeline has."""
     asked = {key: parameters[key] for key in ("variants", "seeds", "trials") if key in parameters}
     if "space" in parameters:
         asked["space"] = find_space(parameters["space"], preset).read_text(encoding="utf-8")
@@ -26,9 +26,9 @@ def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[st
 
 
 def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether the results of what is asked for are in ``out``. PipelineError where it holds those of something else.
+    """Whether the results of what is asked for are in ``out``.
 
-    So too where the training of something else has begun, since it would be lost.
+    PipelineError where it holds those of something else, or the training of something else that would be lost.
     """
     results, before = RESULTS[asked["pipeline"]], _read(out)
     if before is None:
@@ -48,8 +48,7 @@ def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
 
 
 def begin(out: Path, asked: Mapping[str, Any]) -> str:
-    """Note what is asked for; the jobs of the runs before that did not succeed and were asked for the same, the last
-    first.
+    """Note what is asked for; the jobs of earlier runs of the same that did not succeed, the last first.
 
     Whatever ended a run, it left its note, with the jobs before it, and the log, with its own.
     """
