@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Mapping
 from typing import Any
+
+from svip import sweep
+from svip.tuning.space import find_space
 
 DATA = {"bundle": "prepare-data/bundle", "vectors": "embed-attributes/vectors"}
 RESULTS = {
@@ -43,8 +48,24 @@ class PipelineError(RuntimeError):
     """A pipeline that failed; the message names the step."""
 
 
-def find_pipeline(name: str) -> Any:
-    """The pipeline function; PipelineError for an unknown name."""
+def find_pipeline(name: str, parameters: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline function, once its ``parameters`` are checked.
+
+    PipelineError for an unknown name, a parameter that the pipeline lacks, or a number below 1; SweepError for an
+    unknown variant, SpaceError for an unknown search space.
+    """
     if name not in PIPELINES:
-        raise PipelineError(f"unknown pipeline {name!r}; there are: {', '.join(PIPELINES)}")
-    return getattr(importlib.import_module(f"pipelines.{name}"), name)
+        close = difflib.get_close_matches(name, PIPELINES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise PipelineError(f"unknown pipeline {name!r}; {hint}there are: {', '.join(PIPELINES)}")
+    pipeline, given = getattr(importlib.import_module(f"pipelines.{name}"), name), parameters or {}
+    strange = sorted(set(given) - set(pipeline.component_spec.inputs))
+    if strange:
+        raise PipelineError(f"pipeline {name} has no {', '.join(strange)}; leave out --{' and --'.join(strange)}")
+    for number in ("seeds", "trials", "workers"):
+        if given.get(number, 1) < 1:
+            raise PipelineError(f"{number}={given[number]}: expected at least 1")
+    sweep.ablation(given.get("variants", ()))
+    if not (space := given.get("space", "")).endswith((".yaml", ".yml")):  # a file may be one of a cluster's image
+        find_space(space, given.get("preset", ""))
+    return pipeline

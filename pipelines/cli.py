@@ -37,7 +37,7 @@ def run_command(
         str, typer.Option(help="subprocess: each step in a process. docker: each in a container (docs/docker.md).")
     ] = "subprocess",
 ) -> None:
-    """Run a pipeline on this machine."""
+    """Run a pipeline on this machine; goes on where it was stopped, and shows what has finished."""
     given = {"variants": variants.split(","), "seeds": seeds, "trials": trials, "workers": workers}
     parameters = {option: value for option, value in given.items() if value not in (0, [""])}
     if space:  # a file's path has to be found from wherever a step runs

@@ -66,8 +66,9 @@ def compile_command(
     from pipelines.compiling import compile_pipeline  # kfp takes a while, and every command of svip loads this module
 
     parameters = _parameters(preset, overrides or [], variants, seeds, space, trials, workers)
-    compile_pipeline(name, out, load_cluster(cluster) if cluster else None, parameters)
-    print(out)
+    steps = compile_pipeline(name, out, load_cluster(cluster) if cluster else None, parameters)
+    print(f"{out}: pipeline {name}, image {', '.join(sorted(set(steps.values())))}")
+    print(f"steps: {', '.join(steps)}")
 
 
 @app.command("submit", epilog=example("svip pipeline submit experiment -p paper/cub --cluster cluster.yaml --wait"))

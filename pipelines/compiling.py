@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+import yaml
 from kfp import dsl
 from kfp.compiler import Compiler
 from kfp.dsl.pipeline_context import Pipeline
@@ -20,22 +22,36 @@ RETRY_UNTIL = f"{30 * 24 * 3600}s"
 
 def compile_pipeline(
     name: str, out: Path, cluster: Cluster | None = None, parameters: Mapping[str, Any] | None = None
-) -> None:
-    """Compile to ``out``; ``parameters`` become the defaults of the pipeline's own.
+) -> dict[str, str]:
+    """Compile to ``out``; the steps in an order in which they may run, each with its image.
 
-    With a ``cluster`` the file has a second YAML document, which local runners do without. PipelineError for a
-    parameter that the pipeline lacks.
+    ``parameters`` become the defaults of the pipeline's own.
+
+    With a ``cluster`` the file has a second YAML document, which local runners do without. Errors are those of
+    ``find_pipeline``.
     """
-    pipeline, values = find_pipeline(name), dict(parameters or {})
-    strange = sorted(set(values) - set(pipeline.component_spec.inputs))
-    if strange:
-        raise PipelineError(f"pipeline {name} has no {', '.join(strange)}; leave out --{' and --'.join(strange)}")
+    values = dict(parameters or {})
+    pipeline = find_pipeline(name, values)
     if cluster:
         pipeline = with_settings(pipeline, cluster)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.stem}.part.yaml")  # the compiler looks at the suffix
     Compiler().compile(pipeline, str(part), pipeline_parameters=values or None)
     part.replace(out)
+    spec = next(yaml.safe_load_all(out.read_text(encoding="utf-8")))
+    return dict(_steps(spec, spec["root"]))
+
+
+def _steps(spec: Mapping[str, Any], component: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and image of each task of a component that is a graph, those of graphs within among them."""
+    tasks = component["dag"]["tasks"]
+    order = TopologicalSorter({name: task.get("dependentTasks", ()) for name, task in tasks.items()})
+    for name in order.static_order():
+        inner = spec["components"][tasks[name]["componentRef"]["name"]]
+        if "dag" in inner:
+            yield from _steps(spec, inner)
+        else:
+            yield name, spec["deploymentSpec"]["executors"][inner["executorLabel"]]["container"]["image"]
 
 
 def with_settings(pipeline: Any, cluster: Cluster) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -14,14 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import record
 from pipelines.catalog import RESULTS, PipelineError, find_pipeline
 from pipelines.steplog import StepLog
 from svip.config import Config, load_config
 from svip.tracking import close_run, tracking_uri
+from svip.tuning.space import load_space
 
 if TYPE_CHECKING:
     from pipelines.containers import Containers
     from pipelines.processes import Processes
+
+log = logging.getLogger(__name__)
 
 RUNNERS = ("subprocess", "docker")
 """Each step in a process of its own, or in a container of its own."""
@@ -33,27 +37,32 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
     ``parameters`` are those that this pipeline has beyond the common two.
 
     Every run keeps its own folder under ``out/kfp``; ``out/pipeline.log`` is the whole log of the last one. Training
-    keeps its state in ``out/work`` until a run succeeds, so that the next one goes on where this one ended. Raises
-    ConfigError before anything starts, PipelineError with the step and the end of its log when one fails.
+    keeps its state in ``out/work`` until a run succeeds, so that the next one goes on where this one ended. Where the
+    results are there already, nothing is run. Raises ConfigError, SweepError, SpaceError or PipelineError before
+    anything starts, PipelineError with the step and the end of its log when one fails.
     """
     config = load_config(preset, overrides)
-    pipeline = find_pipeline(name)
-    strange = sorted(set(parameters) - set(pipeline.component_spec.inputs))
-    if strange:
-        raise PipelineError(f"pipeline {name} has no {', '.join(strange)}; leave out --{' and --'.join(strange)}")
+    pipeline = find_pipeline(name, parameters)
     if runner not in RUNNERS:
         raise PipelineError(f"unknown runner {runner!r}; there are: {', '.join(RUNNERS)}")
+    inputs = pipeline.component_spec.inputs
+    asked = record.asked_for(name, preset, config, {key: spec.default for key, spec in inputs.items()} | parameters)
+    if record.is_finished(out, asked):
+        log.info("%s: the pipeline has finished already, this is what it left; for a new run use another --out", out)
+        return
+    if "space" in inputs:
+        load_space(parameters.get("space", ""), preset, overrides)
     out = out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    jobs = jobs_to_continue(out, {"pipeline": name, "preset": preset, "overrides": overrides, **parameters})
-    if "continues" in pipeline.component_spec.inputs:
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    jobs = record.begin(out, asked)
+    if "continues" in inputs:
         parameters["continues"] = jobs
     runs, space = out / "kfp", str(parameters.get("space", ""))
     before = set(runs.glob(f"{name}-*"))
     with _environment(out), (out / "pipeline.log").open("w", buffering=1) as file:
-        log = StepLog(sys.stdout, file)
+        steps = StepLog(sys.stdout, file)
         try:
-            with _runner(runner, config, preset, out, runs, space), contextlib.redirect_stdout(log):
+            with _runner(runner, config, preset, out, runs, space), contextlib.redirect_stdout(steps):
                 pipeline(preset=preset, overrides=overrides, **parameters)
         except KeyboardInterrupt:  # kfp runs no exit handler then
             for folder in set(runs.glob(f"{name}-*")) - before:
@@ -63,7 +72,7 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
         except PipelineError:
             raise
         except RuntimeError as error:
-            raise PipelineError(f"{_explain(log, out)}\n{_how_to_go_on(out)}") from error
+            raise PipelineError(f"{_explain(steps, out)}\n{_how_to_go_on(out)}") from error
     folder = max(set(runs.glob(f"{name}-*")) - before)
     missing = [source for source in RESULTS[name].values() if not (folder / source).exists()]
     if missing:
@@ -71,6 +80,7 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
     if name == "tuning":
         _keep_study(folder / RESULTS[name]["study"], out / "work")
     _publish(RESULTS[name], folder, out)
+    record.finish(out, asked)
     shutil.rmtree(out / "work", ignore_errors=True)
 
 
@@ -97,6 +107,7 @@ def _runner(runner: str, config: Config, preset: str, out: Path, runs: Path, spa
 @contextlib.contextmanager
 def _stopping_with(stop: Callable[[], None]) -> Iterator[None]:
     def handle(number: int, _: Any) -> None:
+        os.write(2, b"\nstopping ...\n")  # print() must not be interrupted by itself
         for stopping in before:  # once is enough; ignoring them would make what is started ignore them too
             signal.signal(stopping, lambda number, _: None)
         stop()
@@ -115,34 +126,16 @@ def _stopping_with(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _how_to_go_on(out: Path) -> str:
-    if any(path.is_dir() for path in (out / "work").iterdir()):
+    if record.training_begun(out):
         return f"The same command goes on with the training, whose state is in {out / 'work'}."
     return "The same command starts it again."
 
 
-def jobs_to_continue(out: Path, asked: Mapping[str, Any]) -> str:
-    """The jobs of the runs before this one, the last first, that did not succeed and were asked for the same.
-
-    Whatever ended a run, it left a note of what was asked for and of the jobs before it, and the log, with its own.
-    """
-    note, log = out / "work" / "asked.json", out / "pipeline.log"
-    asked, jobs = json.loads(json.dumps(asked)), []
-    before = json.loads(note.read_text()) if note.exists() else {}
-    if before.get("asked") == asked:
-        last = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if log.exists() else None
-        jobs = [*({last[1]} - set(before["jobs"]) if last else ()), *before["jobs"]]
-    note.parent.mkdir(exist_ok=True)
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps({"asked": asked, "jobs": jobs}))
-    part.replace(note)
-    return " ".join(jobs)
-
-
-def _explain(log: StepLog, out: Path) -> str:
-    if not log.failed:
-        return f"the pipeline failed after step {log.step!r}; the whole log is {out / 'pipeline.log'}"
-    lines = "\n".join(f"   {line}" for line in log.failure)
-    return f"\nstep {log.failed!r} failed; the end of its log:\n{lines}\nThe whole log is {out / 'pipeline.log'}"
+def _explain(steps: StepLog, out: Path) -> str:
+    if not steps.failed:
+        return f"the pipeline failed after step {steps.step!r}; the whole log is {out / 'pipeline.log'}"
+    lines = "\n".join(f"   {line}" for line in steps.failure)
+    return f"\nstep {steps.failed!r} failed; the end of its log:\n{lines}\nThe whole log is {out / 'pipeline.log'}"
 
 
 @contextlib.contextmanager

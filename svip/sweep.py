@@ -16,11 +16,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from svip.config import Config, get_value, load_config
-from svip.models.backbone import Backbone
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +109,10 @@ def sensitivity(config: Config, names: Sequence[str] = ("all",)) -> list[Panel]:
 
 def group_count(config: Config) -> int:
     """Merged groups G of the model, which is not built for it (no weights, no memory)."""
+    import torch  # takes seconds, which a mistyped name should not
+
+    from svip.models.backbone import Backbone
+
     with torch.device("meta"):
         backbone = Backbone(dataclasses.replace(config.model, weights="none"), config.data.image_size)
     return backbone.grid[0] * backbone.grid[1] // 4

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import shutil
 from functools import partial
 from pathlib import Path
 
-from svip.config import Config, to_yaml, variant
+from svip.changes import CHANGE_NOTHING
+from svip.config import Config, flatten, variant
 from svip.data import s3
 from svip.data.sources import Interrupted
 from svip.data.transfer import cache_folder, read_bytes
@@ -110,11 +112,13 @@ class Place:
 
 
 def workplace(work: str, out: str, parent_run_id: str, run: str, config: Config) -> str:
-    """The place below ``work`` of this training of a pipeline's run, the same each time that its step is tried.
+    """The place below ``work`` of this training of a pipeline's run, the same each time that its step is tried, be it
+    on another device.
 
     Without a parent run it belongs to ``out``.
     """
-    of = "\n".join([parent_run_id or str(Path(out).resolve()), run, to_yaml(config)])
+    settings = {key: value for key, value in flatten(config).items() if key not in CHANGE_NOTHING}
+    of = "\n".join([parent_run_id or str(Path(out).resolve()), run, json.dumps(settings)])
     name = re.sub(r"\W", "-", run or variant(config))
     return f"{work.rstrip('/')}/{name}-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
 

@@ -14,13 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import OmegaConf
-from optuna.trial import Trial
 
 from svip.config import Config, ConfigError, get_value, load_config
 from svip.sweep import group_count
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
 
 TUNABLE = ("model.", "loss.", "optim.", "data.train_view", "data.test_view", "data.flip", "train.precision")
 """Beginnings of the keys that a trial may change; data and evaluation are the same for all of them."""
@@ -82,13 +84,28 @@ def shipped_spaces() -> list[str]:
     return sorted(path.stem for path in Path(str(resources.files("svip") / "spaces")).glob("*.yaml"))
 
 
-def load_space(name: str, preset: str, overrides: Sequence[str] = ()) -> Space:
-    """A shipped space or a YAML file, checked with the configuration that it varies.
+def find_space(name: str, preset: str) -> Path:
+    """The file of a shipped space, or the YAML file of that name; SpaceError where it does not exist.
 
-    Empty: the shipped one of the preset's name, else ``paper``. Raises SpaceError.
+    Empty: the shipped one of the preset's name, else ``paper``.
     """
     name = name or (preset if preset in shipped_spaces() else "paper")
-    path = _path(name)
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise SpaceError(f"search space {name} does not exist")
+        return Path(name)
+    if name not in shipped_spaces():
+        close = difflib.get_close_matches(name, shipped_spaces(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise SpaceError(
+            f"unknown search space {name!r}; {hint}there are: {', '.join(shipped_spaces())}, or a path to a .yaml"
+        )
+    return Path(str(resources.files("svip") / "spaces" / f"{name}.yaml"))
+
+
+def load_space(name: str, preset: str, overrides: Sequence[str] = ()) -> Space:
+    """The space that ``find_space`` finds, checked with the configuration that it varies. Raises SpaceError."""
+    path = find_space(name, preset)
     try:
         rows = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # YAML errors have no common base in OmegaConf
@@ -127,20 +144,6 @@ def own_values(space: Space, config: Config) -> dict[str, Any] | None:
             if not parameter.contains(values[parameter.key]):
                 return None
     return values
-
-
-def _path(name: str) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise SpaceError(f"search space {name} does not exist")
-        return Path(name)
-    if name not in shipped_spaces():
-        close = difflib.get_close_matches(name, shipped_spaces(), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise SpaceError(
-            f"unknown search space {name!r}; {hint}there are: {', '.join(shipped_spaces())}, or a path to a .yaml"
-        )
-    return Path(str(resources.files("svip") / "spaces" / f"{name}.yaml"))
 
 
 def _parameter(key: str, row: Any, earlier: Sequence[Parameter], groups: int, source: str) -> Parameter:

@@ -187,9 +187,11 @@ def test_each_run_of_a_pipeline_has_a_place_of_its_own() -> None:
     from svip.config import load_config
 
     config, other = load_config("smoke"), load_config("smoke", ["optim.lr=0.5"])
+    elsewhere = load_config("smoke", ["train.device=cuda", "train.workers=3", "data.root=/mnt"])
     places = {
         workplace("s3://team/work/", "/out", "parent", "", config),
         workplace("s3://team/work", "/elsewhere", "parent", "", config),  # the same: another pod of the same step
+        workplace("s3://team/work", "/out", "parent", "", elsewhere),  # the same: it changes no number
         workplace("s3://team/work", "/out", "parent", "", other),
         workplace("s3://team/work", "/out", "parent", "no_psc:1", config),
         workplace("s3://team/work", "/out", "another", "", config),

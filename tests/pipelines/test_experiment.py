@@ -228,7 +228,13 @@ def test_a_mistyped_override_is_refused_before_anything_starts(odd_folder: Path)
     assert not (odd_folder / "out").exists()
 
 
-def test_compile_writes_one_file(tmp_path: Path) -> None:
-    compile_command("experiment", tmp_path / "new" / "experiment.yaml")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["experiment.yaml"]
+def test_compile_writes_one_file_and_says_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "experiment.yaml"
+    compile_command("experiment", out)
+    assert [path.name for path in out.parent.iterdir()] == ["experiment.yaml"]
+    what, steps = capsys.readouterr().out.splitlines()
+    assert what == f"{out}: pipeline experiment, image {IMAGE}"
+    assert steps == (
+        "steps: open-run, data-settings, prepare-data, embed-attributes, train, evaluate, report, close-run"
+    )
     shutil.rmtree(tmp_path / "new")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import containers, local
+from pipelines import catalog, containers, local, record
 from pipelines.catalog import PipelineError
 from svip.config import load_config
 
@@ -152,16 +152,95 @@ class Run:
         return int(steps[0].pid)
 
 
+def experiment(*overrides: str, preset: str = "smoke") -> dict[str, Any]:
+    return record.asked_for("experiment", preset, load_config(preset, overrides), {})
+
+
 def test_a_run_that_failed_is_gone_on_with_also_when_one_in_between_did_not_get_far(tmp_path: Path) -> None:
     def begin(preset: str, job: str) -> str:
         """What a run is told to continue that gets as far as its first step, if it has a job."""
-        continues = local.jobs_to_continue(tmp_path, {"preset": preset, "overrides": []})
+        continues = record.begin(tmp_path, experiment(preset=preset))
         (tmp_path / "pipeline.log").write_text(f'        "job": "{job}",\n' if job else "")
         return continues
 
     assert [begin("smoke", "1"), begin("smoke", ""), begin("smoke", "3"), begin("smoke", "")] == ["", "1", "1", "3 1"]
     assert begin("paper/cub", "5") == "", "it was asked for another"
     assert begin("paper/cub", "") == "5"
+
+
+def finished(folder: Path, asked: dict[str, Any]) -> Path:
+    """As if a run had come to its end there."""
+    record.begin(folder, asked)
+    for name in catalog.RESULTS[asked["pipeline"]]:
+        (folder / name).touch()
+    record.finish(folder, asked)
+    return folder
+
+
+def test_a_folder_with_results_is_finished_for_the_same_settings_and_refuses_others(tmp_path: Path) -> None:
+    out = finished(tmp_path, experiment("optim.epochs=2"))
+    assert record.is_finished(out, experiment("optim.epochs=2"))
+    assert record.is_finished(out, experiment("optim.epochs=2", "train.workers=3")), "it changes no number"
+    with pytest.raises(
+        PipelineError, match=r"holds the results of other settings \(optim.lr: 0.\d+ -> 0.5\); use anot"
+    ):
+        record.is_finished(out, experiment("optim.epochs=2", "optim.lr=0.5"))
+    ablation = record.asked_for("ablation", "smoke", load_config("smoke", ["optim.epochs=2"]), {"seeds": 2})
+    with pytest.raises(PipelineError, match=r"\(pipeline: experiment -> ablation\)"):
+        record.is_finished(out, ablation)
+    (out / "metrics.json").unlink()
+    assert not record.is_finished(out, experiment("optim.epochs=2")), "a result is gone, and is made anew"
+    assert record.begin(out, experiment("optim.epochs=2")) == "", "but not in the run that had finished"
+
+
+def test_a_folder_in_which_training_has_begun_is_kept_for_its_settings(tmp_path: Path) -> None:
+    record.begin(tmp_path, experiment("data.seed=1"))
+    training = tmp_path / "work" / "svip-1" / "select"
+    training.mkdir(parents=True)
+    assert not record.is_finished(tmp_path, experiment("data.seed=2")), "nothing would be lost"
+    (training / "state.pt").touch()
+    assert not record.is_finished(tmp_path, experiment("data.seed=1", "train.workers=0")), "it is gone on with"
+    with pytest.raises(
+        PipelineError, match=r"was begun with other settings \(data.seed: 1 -> 2\); use the same to go on"
+    ):
+        record.is_finished(tmp_path, experiment("data.seed=2"))
+
+
+def test_a_folder_with_results_of_other_commands_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    with pytest.raises(PipelineError, match="holds evaluation of no known pipeline; use another --out"):
+        local.run("experiment", "smoke", [], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation"]
+
+
+def test_a_tuning_is_another_one_with_another_space_and_the_same_with_other_workers(tmp_path: Path) -> None:
+    def tuning(**given: Any) -> dict[str, Any]:
+        return record.asked_for("tuning", "smoke", load_config("smoke"), {"space": "", "trials": 10, **given})
+
+    out = finished(tmp_path, tuning(workers=2))
+    assert record.is_finished(out, tuning(workers=1, space="smoke")), "the preset's own"
+    with pytest.raises(PipelineError, match=r"\(space\)"):
+        record.is_finished(out, tuning(space="paper"))
+    with pytest.raises(PipelineError, match=r"\(trials: 10 -> 11\)"):
+        record.is_finished(out, tuning(trials=11))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "parameters", "said"),
+    [
+        ("ablaton", {}, "unknown pipeline 'ablaton'; did you mean 'ablation'"),
+        ("ablation", {"variants": ["baseline", "ful"]}, "unknown variant 'ful'; did you mean 'full'"),
+        ("ablation", {"seeds": -1}, "seeds=-1: expected at least 1"),
+        ("tuning", {"space": "papper"}, "unknown search space 'papper'; did you mean 'paper'"),
+        ("tuning", {"space": "none.yaml"}, "search space none.yaml does not exist"),
+    ],
+)
+def test_what_is_mistyped_is_told_before_anything_starts(
+    tmp_path: Path, pipeline: str, parameters: dict[str, Any], said: str
+) -> None:
+    with pytest.raises((PipelineError, ValueError), match=said):
+        local.run(pipeline, "smoke", [], tmp_path / "out", **parameters)
+    assert not (tmp_path / "out").exists()
 
 
 LOOP = """
@@ -212,7 +291,7 @@ def test_a_loop_that_is_stopped_ends_its_steps_and_begins_no_other(tmp_path: Pat
         _, said = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert "stopped. The same command starts it again." in said
+    assert said.index("stopping ...") < said.index("stopped. The same command starts it again.")
     started = sorted(path.stem for path in tmp_path.glob("*.started"))
     assert len(started) == 2
     assert sorted(path.stem for path in tmp_path.glob("*.ended")) == started, "the steps had time to close their runs"
@@ -256,7 +335,7 @@ def test_the_command_of_a_pipeline_that_was_killed_goes_on_with_its_training(tmp
     os.kill(step, signal.SIGKILL)
     first.process.wait(60)
 
-    again = Run(tmp_path, *settings)
+    again = Run(tmp_path, *settings, "train.checkpoint_steps=1000")  # which changes no number
     try:
         assert again.process.wait(600) == 0, again.said
     finally:
@@ -266,3 +345,12 @@ def test_the_command_of_a_pipeline_that_was_killed_goes_on_with_its_training(tmp
     parent, nested = statuses(tmp_path)
     assert {parent, *nested} == {"FINISHED"}, "the runs were gone on with too"
     assert not (tmp_path / "out" / "work").exists()
+
+    third = Run(tmp_path, *settings, "train.device=cpu")
+    assert third.process.wait(60) == 0, third.said
+    assert "out: the pipeline has finished already" in third.said
+    assert "== " not in third.said, "no step runs"
+    assert third.said.count("SVIP") == again.said.count("SVIP"), "the same table"
+    other = Run(tmp_path, *settings, "optim.epochs=3")
+    assert other.process.wait(60) == 1
+    assert "error: out holds the results of other settings (optim.epochs: 2 -> 3); use another --out" in other.said

@@ -318,6 +318,10 @@ def test_parameters_become_the_defaults_and_strange_ones_are_refused(tmp_path: P
     assert spec["root"]["inputDefinitions"]["parameters"]["preset"]["defaultValue"] == "paper/cub"
     with pytest.raises(PipelineError, match="pipeline experiment has no seeds; leave out --seeds"):
         compile_pipeline("experiment", tmp_path / "other.yaml", parameters={"seeds": 2})
+    with pytest.raises(ValueError, match="unknown variant 'no_pcs'; did you mean 'no_psc'"):
+        compile_pipeline("ablation", tmp_path / "other.yaml", parameters={"variants": ["no_pcs"]})
+    with pytest.raises(ValueError, match="unknown search space 'smok'; did you mean 'smoke'"):
+        compile_pipeline("tuning", tmp_path / "other.yaml", parameters={"space": "smok"})
     assert not (tmp_path / "other.yaml").exists()
 
 

@@ -1,0 +1,87 @@
+"""What the output folder of a pipeline on this machine is of: its file ``pipeline.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.catalog import RESULTS, PipelineError
+from svip.changes import CHANGE_NOTHING
+from svip.config import Config, flatten
+from svip.tuning.space import find_space
+
+NAME = "pipeline.json"
+
+
+def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide its results, however they are given; ``parameters``: all that the pipeline has."""
+    asked = {key: parameters[key] for key in ("variants", "seeds", "trials") if key in parameters}
+    if "space" in parameters:
+        asked["space"] = find_space(parameters["space"], preset).read_text(encoding="utf-8")
+    asked |= {key: value for key, value in flatten(config).items() if key not in CHANGE_NOTHING}
+    return dict(json.loads(json.dumps({"pipeline": pipeline, **asked})))
+
+
+def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether the results of what is asked for are in ``out``.
+
+    PipelineError where it holds those of something else, or the training of something else that would be lost.
+    """
+    results, before = RESULTS[asked["pipeline"]], _read(out)
+    if before is None:
+        strange = [name for name in results if (out / name).exists()]
+        if strange:
+            raise PipelineError(f"{out} holds {', '.join(strange)} of no known pipeline; use another --out")
+        return False
+    finished = before["finished"]
+    changed = _changes(before["asked"], asked)
+    if changed and finished:
+        raise PipelineError(f"{out} holds the results of other settings ({'; '.join(changed)}); use another --out")
+    if changed and training_begun(out):
+        raise PipelineError(
+            f"{out} was begun with other settings ({'; '.join(changed)}); use the same to go on, or another --out"
+        )
+    return finished and all((out / name).exists() for name in results)
+
+
+def begin(out: Path, asked: Mapping[str, Any]) -> str:
+    """Note what is asked for; the jobs of earlier runs of the same that did not succeed, the last first.
+
+    Whatever ended a run, it left its note, with the jobs before it, and the log, with its own.
+    """
+    before, log, jobs = _read(out), out / "pipeline.log", []
+    if before and before["asked"] == asked and not before["finished"]:
+        last = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if log.exists() else None
+        jobs = [*({last[1]} - set(before["jobs"]) if last else ()), *before["jobs"]]
+    _write(out, {"asked": asked, "jobs": jobs, "finished": False})
+    return " ".join(jobs)
+
+
+def finish(out: Path, asked: Mapping[str, Any]) -> None:
+    """Note that the results are there."""
+    _write(out, {"asked": asked, "jobs": [], "finished": True})
+
+
+def training_begun(out: Path) -> bool:
+    """Whether there is a training or a study to go on with: one that failed before its first checkpoint is none."""
+    kept = ("state.pt", "*.safetensors", "study.journal")
+    return any(True for name in kept for _ in (out / "work").rglob(name))
+
+
+def _read(out: Path) -> dict[str, Any] | None:
+    return dict(json.loads((out / NAME).read_text())) if (out / NAME).exists() else None
+
+
+def _write(out: Path, note: Mapping[str, Any]) -> None:
+    part = out / f".{NAME}.part"
+    part.write_text(json.dumps(note, indent=2) + "\n")
+    part.replace(out / NAME)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``key: before -> now`` of what both know (another version may have other keys); of a space's text the key."""
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    return ["space" if key == "space" else f"{key}: {before[key]} -> {now[key]}" for key in changed]
