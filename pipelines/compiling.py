@@ -25,10 +25,8 @@ def compile_pipeline(
 ) -> dict[str, str]:
     """Compile to ``out``; the steps in an order in which they may run, each with its image.
 
-    ``parameters`` become the defaults of the pipeline's own.
-
-    With a ``cluster`` the file has a second YAML document, which local runners do without. Errors are those of
-    ``find_pipeline``.
+    ``parameters`` become the defaults of the pipeline's own. With a ``cluster`` the file has a second YAML document,
+    which local runners do without. Errors are those of ``find_pipeline``.
     """
     values = dict(parameters or {})
     pipeline = find_pipeline(name, values)

@@ -1,4 +1,4 @@
-"""What the output folder of a pipeline on this machine is of: its file ``pipeline.json``."""
+"""What the output folder of a pipeline on this machine holds, by its file ``pipeline.json``."""
 
 from __future__ import annotations
 

@@ -331,6 +331,9 @@ def test_the_command_of_a_pipeline_that_was_killed_goes_on_with_its_training(tmp
     settings = (*tiny, "model.hidden=8", "optim.epochs=2")
     first = Run(tmp_path, *settings)
     step = first.wait_for("select epoch 1: loss")
+    while not list((tmp_path / "out" / "work").rglob("state.pt")):  # it says so before it saves
+        assert first.process.poll() is None, first.said
+        time.sleep(0.05)
     os.kill(first.process.pid, signal.SIGKILL)
     os.kill(step, signal.SIGKILL)
     first.process.wait(60)
@@ -347,10 +350,10 @@ def test_the_command_of_a_pipeline_that_was_killed_goes_on_with_its_training(tmp
     assert not (tmp_path / "out" / "work").exists()
 
     third = Run(tmp_path, *settings, "train.device=cpu")
-    assert third.process.wait(60) == 0, third.said
+    assert third.process.wait(300) == 0, third.said
     assert "out: the pipeline has finished already" in third.said
     assert "== " not in third.said, "no step runs"
     assert third.said.count("SVIP") == again.said.count("SVIP"), "the same table"
     other = Run(tmp_path, *settings, "optim.epochs=3")
-    assert other.process.wait(60) == 1
+    assert other.process.wait(300) == 1
     assert "error: out holds the results of other settings (optim.epochs: 2 -> 3); use another --out" in other.said
