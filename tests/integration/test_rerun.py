@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from svip import steps, tracking
 from svip.cli import app
 from svip.config import flatten, from_yaml, load_config
-from svip.data.bundle import Bundle
+from svip.data.bundle import Bundle, read_bundle
 from svip.steps.reruns import RerunError, agreements, differences
 from svip.tracking import TrackingError
 
@@ -109,7 +109,7 @@ def test_mlflow_lists_the_data_of_each_run(done: Experiment, store: str) -> None
         entry.dataset for entry in client.get_run(done.train).inputs.dataset_inputs if entry.dataset.name == bundle[0]
     )
     # MLflow keeps the source that the experiment's first run with these data named.
-    assert entry.source_type == "local" and Bundle.load(json.loads(entry.source)["uri"]).sha256 == done.bundle.sha256
+    assert entry.source_type == "local" and read_bundle(json.loads(entry.source)["uri"]).sha256 == done.bundle.sha256
     assert json.loads(entry.profile)["images"]["train"] == 20
 
 
