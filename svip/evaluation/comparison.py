@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -17,6 +16,7 @@ from scipy import stats
 
 from svip.evaluation.figures import PALETTE, STYLE, blank, to_svg
 from svip.evaluation.metrics import ACCURACIES
+from svip.evaluation.numbers import mean_and_sd, rounded, rounded_with_spread
 from svip.evaluation.pages import render
 from svip.evaluation.report import PROTOCOLS
 from svip.training.checkpoint import write_atomically, write_text
@@ -107,13 +107,13 @@ def summarize(rows: Sequence[Row], results: Results, protocol: str, reference: s
         record: dict[str, Any] = {"variant": row.variant, "label": row.label, "seeds": len(runs)}
         for column in ACCURACIES:
             values = [protocols[protocol][column] for protocols in runs.values()]
-            record[column], record[f"{column}_sd"] = _mean_and_sd(values)
+            record[column], record[f"{column}_sd"] = mean_and_sd(values)
         pairs = {
             seed: runs[seed][protocol]["H"] - other[protocol]["H"]
             for seed, other in results.get(reference, {}).items()
             if seed in runs and row.variant != reference
         }
-        record["difference"], spread = _mean_and_sd(list(pairs.values()))
+        record["difference"], spread = mean_and_sd(list(pairs.values()))
         n = len(pairs)
         record["interval"] = stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) if n > 1 else math.nan
         for column, value in zip(ACCURACIES, row.paper, strict=False):
@@ -140,7 +140,7 @@ def sensitivity_figure(
             for place, variant in enumerate(points.values()):
                 values = [protocols[protocol][column] for protocols in results.get(variant, {}).values()]
                 if values:
-                    mean, spread = _mean_and_sd(values)
+                    mean, spread = mean_and_sd(values)
                     places.append(place + 0.05 * (line - 1.5))  # side by side, for the bars
                     means.append(mean)
                     spreads.append(spread)  # NaN, which draws nothing, for a single seed
@@ -187,24 +187,10 @@ def _cells(table: pd.DataFrame, reference: str, seeds: int) -> tuple[list[str], 
     rows = []
     for record in table.to_dict("records"):
         cells = [str(record["label"]), *([f"{record['seeds']} of {seeds}"] if short else [])]
-        cells += [_number(record[column], record[f"{column}_sd"]) for column in ACCURACIES]
-        cells += [_number(record["difference"], record["interval"], sign="+")]
-        rows.append([*cells, *(_number(record[column]) for column in paper)])
+        cells += [rounded_with_spread(record[column], record[f"{column}_sd"]) for column in ACCURACIES]
+        cells += [rounded_with_spread(record["difference"], record["interval"], sign="+")]
+        rows.append([*cells, *(rounded(record[column]) for column in paper)])
     return header, rows
-
-
-def _number(value: float, spread: float = math.nan, sign: str = "") -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:{sign}.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
-
-
-def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard deviation with n - 1; NaN where there are too few values."""
-    return (
-        float(np.mean(values)) if values else math.nan,
-        float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
-    )
 
 
 @matplotlib.rc_context(STYLE)

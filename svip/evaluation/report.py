@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from svip.evaluation import figures
 from svip.evaluation.metrics import ACCURACIES
+from svip.evaluation.numbers import rounded
 from svip.evaluation.pages import render
 from svip.training.checkpoint import write_text
 
@@ -92,7 +93,7 @@ def write_report(
         sentence=_sentence(metrics, settings, lineage),
         rows=result_rows(metrics),
         curve=_curve_svg(metrics, curve),
-        ausuc=_number(metrics.get("ausuc"), 3),
+        ausuc=rounded(metrics.get("ausuc"), 3),
         training=_training_svgs(history),
         class_bars=_class_svgs(classes),
         classes=[_class_cells(row) for row in _sorted(classes).to_dict("records")],
@@ -216,7 +217,7 @@ def _sorted(classes: pd.DataFrame) -> pd.DataFrame:
 
 
 def _class_cells(row: Mapping[Any, Any]) -> tuple[str, str, str, str, str]:
-    zsl, gzsl = _number(row["accuracy_zsl"]), _number(row["accuracy_gzsl"])
+    zsl, gzsl = rounded(row["accuracy_zsl"]), rounded(row["accuracy_gzsl"])
     return str(row["class"]), str(row["role"]), f"{int(row['images']):,}", zsl, gzsl
 
 
@@ -235,14 +236,14 @@ def _example(example: Example) -> dict[str, Any]:
         "chosen": f"{int(example.selected.sum())} of {example.selected.size}",
         "outlined": example.mask is not None,
         "predictions": bars,
-        "attributes": [(name, _number(value, 2)) for name, value in example.attributes],
+        "attributes": [(name, rounded(value, 2)) for name, value in example.attributes],
     }
 
 
 def _patch_sentence(shares: Mapping[str, float] | None) -> str | None:
     if not shares:
         return None
-    share = {name: _number(shares.get(name)) for name in shares}
+    share = {name: rounded(shares.get(name)) for name in shares}
     recall, precision = share.get("object_recall", "-"), share.get("object_precision", "-")
     return (
         f"Against the true object masks: the selected patches cover {recall} % of the object (as many patches drawn at "
@@ -256,11 +257,7 @@ def _svg(figure: Any, name: str, label: str) -> Markup:
 
 
 def _cells(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*(_number(values.get(name)) for name in ACCURACIES), _number(values.get("gamma"), 3))
-
-
-def _number(value: Any, digits: int = 1) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return (*(rounded(values.get(name)) for name in ACCURACIES), rounded(values.get("gamma"), 3))
 
 
 def _percent(part: float, whole: float) -> str:

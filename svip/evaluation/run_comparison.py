@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -20,6 +19,7 @@ from svip.changes import short_key, short_value
 from svip.evaluation.figures import PALETTE, STYLE, blank, to_svg
 from svip.evaluation.intervals import Answers, Interval, bootstrap, bootstrap_h
 from svip.evaluation.metrics import ACCURACIES
+from svip.evaluation.numbers import mean_and_sd, rounded, rounded_with_spread
 from svip.evaluation.pages import render
 from svip.evaluation.report import PROTOCOLS
 from svip.training.checkpoint import write_atomically, write_text
@@ -141,7 +141,7 @@ def runs_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     for line in lines:
         cells = [line.entry.run_id[:8], *line.differing.values()]
         cells += [_with_interval(line.entry.numbers.get(name), line.intervals.get(name)) for name in ACCURACIES]
-        cells += [_number(line.entry.numbers.get("gamma"), 3)]
+        cells += [rounded(line.entry.numbers.get("gamma"), 3)]
         if paired:
             difference = line.difference
             cells += [_with_interval(difference.value, difference, "+") if difference else "-"]
@@ -154,7 +154,7 @@ def groups_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     header = [*comparison.groups[0].differing, "seeds", *ACCURACIES]
     rows = []
     for group in comparison.groups:
-        cells = [_number(mean) + ("" if math.isnan(sd) else f" ± {sd:.1f}") for mean, sd in group.numbers.values()]
+        cells = [rounded_with_spread(mean, sd) for mean, sd in group.numbers.values()]
         rows.append([*group.differing.values(), ", ".join(group.seeds), *cells])
     return header, rows
 
@@ -240,7 +240,7 @@ def _groups(entries: Sequence[Entry], differing: Any) -> tuple[list[Group], list
             notes.append(f"Seed {', '.join(repeated)} ran more than once: its first row counts in the means.")
         if len({entry.facts.get("code") for entry in once}) > 1:
             notes.append("Seeds of one configuration ran with different code.")
-        numbers = {name: _mean_and_sd([entry.numbers.get(name, math.nan) for entry in once]) for name in ACCURACIES}
+        numbers = {name: mean_and_sd([entry.numbers.get(name, math.nan) for entry in once]) for name in ACCURACIES}
         groups.append(Group(differing(once[0], ("seed", "code")), tuple(sorted(by_seed)), numbers))
     return groups, list(dict.fromkeys(notes))
 
@@ -294,15 +294,7 @@ def _brief(key: str, value: str) -> str:
 
 
 def _with_interval(value: float | None, interval: Interval | None, sign: str = "") -> str:
-    return _number(value, 1, sign) + (f" [{interval.low:{sign}.1f}, {interval.high:{sign}.1f}]" if interval else "")
-
-
-def _number(value: float | None, digits: int = 1, sign: str = "") -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
-
-
-def _mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return rounded(value, 1, sign) + (f" [{interval.low:{sign}.1f}, {interval.high:{sign}.1f}]" if interval else "")
 
 
 def _page_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Any, int, Any]:
