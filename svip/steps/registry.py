@@ -62,45 +62,30 @@ def register(run: str, name: str = "") -> Registration:
         if config is None:
             raise RegisterError(f"run {trained.run_id} has no {tracking.CONFIG}: its configuration was not recorded")
         name = name or f"svip-{from_yaml(config).data.dataset}"
-    challenger, champion = _tested(evaluated), tracking.champion_of(name)
+    challenger, version = _tested(evaluated), None
     h = bootstrap_h(challenger.answers)
-    if champion and champion.run_id == trained.run_id:
-        return Registration(name, champion.number, h, tracking.CHAMPION, "it is the champion already")
-    if champion:
-        _evaluation_of(champion)  # before there is a version that can't be compared
-    version = tracking.version_of(name, trained.run_id) or tracking.register_version(
-        name, _model_of(trained, checkpoint), trained.run_id
-    )
-    with tracking.turn(version):
-        return _decide(version, challenger, h)
-
-
-def _decide(version: tracking.Version, challenger: Tested, h: Interval) -> Registration:
-    """Compare a version with the champion, and point the alias at it that it deserves."""
-    champion = tracking.champion_of(version.name)
-    holder = _tested(tracking.read_run(_evaluation_of(champion))) if champion else None
-    obstacle = _obstacle(challenger, holder) if holder else ""
-    difference = bootstrap_h(challenger.answers, holder.answers) if holder and not obstacle else None
-    if holder is None:
-        alias, reason = tracking.CHAMPION, "the first version"
-    elif difference is None:
-        alias, reason = tracking.CHALLENGER, obstacle
-    elif difference.low > 0:
-        alias, reason = tracking.CHAMPION, "better beyond the interval of the difference"
-    else:
-        alias, reason = tracking.CHALLENGER, "not better beyond the interval of the difference"
-    tracking.set_alias(version, alias)
-    tags = {
-        "H": f"{h.value:.2f}",
-        "H_interval": f"{h.low:.2f} to {h.high:.2f}",
-        "protocol": challenger.protocol,
-        "bundle_sha256": challenger.bundle_sha256,
-        tracking.EVALUATION_TAG: challenger.run_id,
-    }
-    against = f": {difference} points of H to version {champion.number}" if champion and difference else ""
-    tracking.describe(version, tags, f"{alias}: {reason}{against}")
+    while True:
+        champion = tracking.champion_of(name)
+        if champion and champion.run_id == trained.run_id:
+            return Registration(name, champion.number, h, tracking.CHAMPION, "it is the champion already")
+        holder = _tested(tracking.read_run(_evaluation_of(champion))) if champion else None
+        alias, reason, difference = _decide(challenger, holder)
+        version = version or tracking.version_of(name, trained.run_id)
+        version = version or tracking.register_version(name, _model_of(trained, checkpoint), trained.run_id)
+        tags = {
+            "H": f"{h.value:.2f}",
+            "H_interval": f"{h.low:.2f} to {h.high:.2f}",
+            "protocol": challenger.protocol,
+            "bundle_sha256": challenger.bundle_sha256,
+            tracking.EVALUATION_TAG: challenger.run_id,
+        }
+        against = f": {difference} points of H to version {champion.number}" if champion and difference else ""
+        tracking.describe(version, tags, f"{alias}: {reason}{against}")
+        if tracking.champion_of(name) == champion:  # else another has become it meanwhile: compare with that one
+            break
+    tracking.set_alias(version, alias)  # last, so that a champion always says which run tested it
     return Registration(
-        version.name,
+        name,
         version.number,
         h,
         alias,
@@ -109,6 +94,18 @@ def _decide(version: tracking.Version, challenger: Tested, h: Interval) -> Regis
         bootstrap_h(holder.answers) if holder else None,
         difference,
     )
+
+
+def _decide(challenger: Tested, holder: Tested | None) -> tuple[str, str, Interval | None]:
+    """The alias that a version deserves beside the champion, why, and the difference in H."""
+    if holder is None:
+        return tracking.CHAMPION, "the first version", None
+    if obstacle := _obstacle(challenger, holder):
+        return tracking.CHALLENGER, obstacle, None
+    difference = bootstrap_h(challenger.answers, holder.answers)
+    if difference.low > 0:
+        return tracking.CHAMPION, "better beyond the interval of the difference", difference
+    return tracking.CHALLENGER, "not better beyond the interval of the difference", difference
 
 
 def _run_of(checkpoint: Path) -> str:

@@ -21,7 +21,6 @@ from svip.tracking.registry import (
     model_status,
     register_version,
     set_alias,
-    turn,
     version_of,
 )
 from svip.tracking.runs import DESCRIPTION, Tracker, log_to_run, open_tracker, runs_of_their_own
@@ -74,7 +73,6 @@ __all__ = [
     "sync",
     "system_metrics",
     "tracking_uri",
-    "turn",
     "version_of",
     "without_password",
 ]

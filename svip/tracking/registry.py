@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,10 +16,6 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 """The version to use, and the latest one that has not beaten it: ``models:/NAME@champion``."""
 EVALUATION_TAG = "evaluation_run_id"
 """Of a version: the run that tested it."""
-UNDECIDED = "undecided"
-"""Tag of a new version until its process has decided whether it becomes champion."""
-PATIENCE = 120
-"""Seconds after which such a process is taken for dead."""
 
 
 @dataclass(frozen=True)
@@ -70,35 +64,12 @@ def register_version(name: str, model_id: str, run_id: str) -> Version:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     use_store(client)  # create_model_version looks the model up there
-    tags = {UNDECIDED: "yes"}
-    version = _version(client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id))
+    version = _version(client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id))
     # so that the model's own page knows of its versions, as after mlflow.register_model
     versions = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
     versions.append({"name": name, "version": version.number})
     client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})
     return version
-
-
-@contextmanager
-def turn(version: Version) -> Iterator[None]:
-    """Wait until all earlier versions are decided on; the version itself is when the block ends.
-
-    So what several processes register at once is compared one by one, in the order that MLflow has numbered it.
-    """
-    with reaching_the_store():
-        client = client_of(tracking_uri())
-        while any(
-            UNDECIDED in other.tags
-            and int(other.version) < int(version.number)
-            and time.time() - other.creation_timestamp / 1000 < PATIENCE
-            for other in client.search_model_versions(f"name = '{version.name}'")
-        ):
-            time.sleep(0.5)
-    try:
-        yield
-    finally:
-        with reaching_the_store():
-            client.delete_model_version_tag(version.name, version.number, UNDECIDED)
 
 
 @reaching_the_store()
