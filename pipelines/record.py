@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.catalog import RESULTS, PipelineError
-from svip.changes import CHANGE_NOTHING
+from svip.changes import CHANGE_NOTHING, NOT_OF_TRAINING
 from svip.config import Config, flatten
 from svip.tuning.space import find_space
 
@@ -40,6 +40,7 @@ def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
     changed = _changes(before["asked"], asked)
     if changed and finished:
         raise PipelineError(f"{out} holds the results of other settings ({'; '.join(changed)}); use another --out")
+    changed = _changes(before["asked"], asked, besides=NOT_OF_TRAINING)
     if changed and training_begun(out):
         raise PipelineError(
             f"{out} was begun with other settings ({'; '.join(changed)}); use the same to go on, or another --out"
@@ -48,12 +49,12 @@ def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
 
 
 def begin(out: Path, asked: Mapping[str, Any]) -> str:
-    """Note what is asked for; the jobs of earlier runs of the same that did not succeed, the last first.
+    """Note what is asked for; the jobs of earlier runs of the same training that did not succeed, the last first.
 
     Whatever ended a run, it left its note, with the jobs before it, and the log, with its own.
     """
     before, log, jobs = _read(out), out / "pipeline.log", []
-    if before and before["asked"] == asked and not before["finished"]:
+    if before and not before["finished"] and not _changes(before["asked"], asked, besides=NOT_OF_TRAINING):
         last = re.search(r'^ *"job": "(\w+)"', log.read_text(), re.MULTILINE) if log.exists() else None
         jobs = [*({last[1]} - set(before["jobs"]) if last else ()), *before["jobs"]]
     _write(out, {"asked": asked, "jobs": jobs, "finished": False})
@@ -81,7 +82,10 @@ def _write(out: Path, note: Mapping[str, Any]) -> None:
     part.replace(out / NAME)
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key: before -> now`` of what both know (another version may have other keys); of a space's text the key."""
-    changed = [key for key in now if key in before and before[key] != now[key]]
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], besides: tuple[str, ...] = ()) -> list[str]:
+    """``key: before -> now`` of what both know (another version may have other keys); of a space's text the key.
+
+    ``besides``: beginnings of keys that may have changed.
+    """
+    changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(besides)]
     return ["space" if key == "space" else f"{key}: {before[key]} -> {now[key]}" for key in changed]

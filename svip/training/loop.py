@@ -132,6 +132,7 @@ def _begin(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path
     if (out / "model.json").exists():
         log.info("%s: training is already finished", out)
         _remove_leftovers(out)
+        checkpoint.write_config(out, config)  # which says how it is evaluated
         return checkpoint.read_info(out)
     images = len(bundle.rows("train") if config.train.select else bundle.rows(*TRAINVAL))
     if config.optim.drop_last and images < config.optim.batch_size:

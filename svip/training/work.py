@@ -10,7 +10,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from svip.changes import CHANGE_NOTHING
+from svip.changes import NOT_OF_TRAINING
 from svip.config import Config, flatten, variant
 from svip.data import s3
 from svip.data.sources import Interrupted
@@ -113,11 +113,11 @@ class Place:
 
 def workplace(work: str, out: str, parent_run_id: str, run: str, config: Config) -> str:
     """The place below ``work`` of this training of a pipeline's run, the same each time that its step is tried, be it
-    on another device.
+    on another device or with another evaluation to follow.
 
     Without a parent run it belongs to ``out``.
     """
-    settings = {key: value for key, value in flatten(config).items() if key not in CHANGE_NOTHING}
+    settings = {key: value for key, value in flatten(config).items() if not key.startswith(NOT_OF_TRAINING)}
     of = "\n".join([parent_run_id or str(Path(out).resolve()), run, json.dumps(settings)])
     name = re.sub(r"\W", "-", run or variant(config))
     return f"{work.rstrip('/')}/{name}-{hashlib.sha256(of.encode()).hexdigest()[:16]}"

@@ -19,6 +19,7 @@ from svip.data import s3
 from svip.data.bundle import Bundle
 from svip.data.sources import Interrupted
 from svip.training import loop
+from svip.training.checkpoint import read_config
 from svip.training.work import Place, workplace
 
 OPTIONS = [*TINY, "train.checkpoint_steps=3"]
@@ -33,8 +34,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
     return bundle, folder / "words"
 
 
-def train(inputs: tuple[Bundle, Path], out: str | Path, **options: Any) -> dict[str, Any]:
-    return steps.train(str(inputs[0].path), str(inputs[1]), str(out), "smoke", OPTIONS, log_model=False, **options)
+def train(inputs: tuple[Bundle, Path], out: str | Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    files = (str(inputs[0].path), str(inputs[1]), str(out))
+    return steps.train(*files, "smoke", [*OPTIONS, *overrides], log_model=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +155,10 @@ def test_a_finished_training_that_is_kept_is_not_made_again_for_the_next_run_of_
     monkeypatch.setenv("SVIP_WORK_KEEP", "1")
     first = train(inputs, tmp_path / "one", parent_run_id=PARENT)
     monkeypatch.setattr(loop, "train_step", None)
-    assert train(inputs, tmp_path / "two", parent_run_id=PARENT) == first
+    assert train(inputs, tmp_path / "two", "evaluation.eszsl=false", parent_run_id=PARENT) == first
     assert_same(tmp_path / "one", tmp_path / "two")
+    evaluated = [read_config(tmp_path / name).evaluation.eszsl for name in ("one", "two")]
+    assert evaluated == [True, False], "each is evaluated as its run of the pipeline was asked to"
     assert_same(tmp_path / "two", whole)
 
 
@@ -187,11 +191,13 @@ def test_each_run_of_a_pipeline_has_a_place_of_its_own() -> None:
     from svip.config import load_config
 
     config, other = load_config("smoke"), load_config("smoke", ["optim.lr=0.5"])
-    elsewhere = load_config("smoke", ["train.device=cuda", "train.workers=3", "data.root=/mnt"])
+    elsewhere = load_config(
+        "smoke", ["train.device=cuda", "train.workers=3", "data.root=/mnt", "evaluation.eszsl=false"]
+    )
     places = {
         workplace("s3://team/work/", "/out", "parent", "", config),
         workplace("s3://team/work", "/elsewhere", "parent", "", config),  # the same: another pod of the same step
-        workplace("s3://team/work", "/out", "parent", "", elsewhere),  # the same: it changes no number
+        workplace("s3://team/work", "/out", "parent", "", elsewhere),  # the same: it changes no number of the training
         workplace("s3://team/work", "/out", "parent", "", other),
         workplace("s3://team/work", "/out", "parent", "no_psc:1", config),
         workplace("s3://team/work", "/out", "another", "", config),

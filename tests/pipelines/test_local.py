@@ -200,6 +200,10 @@ def test_a_folder_in_which_training_has_begun_is_kept_for_its_settings(tmp_path:
     assert not record.is_finished(tmp_path, experiment("data.seed=2")), "nothing would be lost"
     (training / "state.pt").touch()
     assert not record.is_finished(tmp_path, experiment("data.seed=1", "train.workers=0")), "it is gone on with"
+    (tmp_path / "pipeline.log").write_text('        "job": "7",\n')
+    evaluated_otherwise = experiment("data.seed=1", "evaluation.eszsl=false")
+    assert not record.is_finished(tmp_path, evaluated_otherwise), "its training is gone on with too"
+    assert record.begin(tmp_path, evaluated_otherwise) == "7", "in the same run"
     with pytest.raises(
         PipelineError, match=r"was begun with other settings \(data.seed: 1 -> 2\); use the same to go on"
     ):
