@@ -42,7 +42,7 @@ class Server:
             try:
                 if requests.get(f"{self.uri}/health", timeout=5).ok:
                     return
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 assert self._process.poll() is None, (self.folder / "server.log").read_text()
                 time.sleep(0.1)
         raise TimeoutError((self.folder / "server.log").read_text())

@@ -66,9 +66,11 @@ def check_there(**places: str | Path) -> None:
 
     Steps look closer, but only once PyTorch is loaded, and who has mistyped a name should not wait for that.
     """
+    from svip.data.sources import is_remote
+
     for kind, place in places.items():
         file, problem, remedy = PARTS[kind]
-        if str(place).startswith(("s3://", "http://", "https://")) or (Path(place) / file).is_file():
+        if is_remote(str(place)) or (Path(place) / file).is_file():
             continue
         missing = f"no {file}" if Path(place).is_dir() else "there is no such folder"
         raise ValueError(f"{place} {problem} ({missing}); {remedy}")
