@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from svip.data.bundle import Bundle
 from svip.data.bundle_cache import open_bundle
 from svip.semantics.vectors import open_embedding
 from svip.steps import close_run
+from svip.tracking import TrackingError
 from svip.training.work import Place
 
 pytest.importorskip("kubeflow", reason="needs the extra `cluster`")
@@ -251,6 +254,49 @@ def test_a_pipeline_that_has_ended_leaves_no_job_and_those_of_others_go_on(
         monkeypatch.setenv("SVIP_NODES", "2")
         close_run(f"ablation-{ours}", "CANCELLED")
         assert list(cluster.jobs) == [named(training(place=f"{PLACE}-2"))["metadata"]["name"]]
+
+
+@pytest.fixture
+def refusing_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A server that takes nobody's password."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            """Keep quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path / "outbox"))
+        yield
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("refusing_mlflow")
+def test_jobs_end_when_mlflow_says_no_and_also_those_after_one_that_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = "cccccccc-1111-4111-8111-cccccccccccc"
+    monkeypatch.setenv("SVIP_NODES", "2")
+    monkeypatch.setenv("SVIP_PIPELINE_RUN", ours)
+    jobs = [named(training(place=f"{PLACE}-{number}")) for number in range(2)]
+    kept = jobs[0]["metadata"]["name"]
+    with kubernetes(tmp_path, speak) as cluster:
+        for job in jobs:
+            cluster.create(job)
+        cluster.kept = {kept}
+        with pytest.raises(trainjob.TrainJobError, match=rf"may go on \(.*{kept}.*Forbidden.*`kubectl delete"):
+            close_run(f"ablation-{ours}", "CANCELLED")
+        assert list(cluster.jobs) == [kept]
+        cluster.kept = set()
+        with pytest.raises(TrackingError):
+            close_run(f"ablation-{ours}", "CANCELLED")
+        assert not cluster.jobs
 
 
 def test_no_cluster_and_no_runtime_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
