@@ -92,6 +92,7 @@ def run(training: Training, nodes: int, processes: int) -> None:
         log.info("TrainJob %s: %d nodes with %d processes each", name, nodes, processes)
     else:
         log.info("TrainJob %s is there already (%s)", name, status)
+        _take_over(client, job)
     try:
         _watch(client, name)
     except (KeyboardInterrupt, SystemExit):
@@ -338,6 +339,24 @@ def _create(client: TrainerClient, job: TrainerV1alpha1TrainJob) -> None:
     except ApiException as error:
         if error.status != 409:  # which another try beside this one has made
             raise TrainJobError(f"TrainJob {job.metadata.name} can't be made: {_reason(error)}") from None
+
+
+def _take_over(client: TrainerClient, job: TrainerV1alpha1TrainJob) -> None:
+    """Have the job belong to this pipeline's run, so that this one's end ends it, and not that of who has made it."""
+    from kubernetes.client import ApiException
+
+    backend, name, labels = client.backend, job.metadata.name, job.metadata.labels
+    if PIPELINE_RUN not in labels:  # of no pipeline: whose it is stays as it is
+        return
+    body = {"metadata": {"labels": {PIPELINE_RUN: labels[PIPELINE_RUN]}}}
+    try:
+        backend.custom_api.patch_namespaced_custom_object(*API, backend.namespace, "trainjobs", name, body)
+    except ApiException as error:  # no reason not to watch it
+        log.warning(
+            "TrainJob %s can't be given the label of this pipeline's run (%s), and may go on after it: "
+            "`kubectl delete trainjob %s` ends it",
+            *(name, _reason(error), name),
+        )
 
 
 def _remove(client: TrainerClient, name: str) -> None:

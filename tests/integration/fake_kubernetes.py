@@ -191,6 +191,17 @@ def kubernetes(folder: Path, run: Node) -> Iterator[Cluster]:
             cluster.create(job)
             self.answer(201, job)
 
+        def do_PATCH(self) -> None:
+            change = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            job = cluster.jobs.get(self.path.rpartition("/")[2])
+            if self.headers["Content-Type"] != "application/merge-patch+json" or list(change) != ["metadata"]:
+                self.answer(415, {"kind": "Status", "status": "Failure", "reason": "UnsupportedMediaType", "code": 415})
+            elif job is None:
+                self.missing()
+            else:
+                job["metadata"]["labels"] |= change["metadata"]["labels"]
+                self.answer(200, job)
+
         def do_DELETE(self) -> None:
             name = self.path.rpartition("/")[2]
             if name in cluster.kept:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -296,6 +297,34 @@ def test_jobs_end_when_mlflow_says_no_and_also_those_after_one_that_cannot_be_de
         cluster.kept = set()
         with pytest.raises(TrackingError):
             close_run(f"ablation-{ours}", "CANCELLED")
+        assert not cluster.jobs
+
+
+def test_a_job_belongs_to_the_run_that_watches_it_and_ends_with_that_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (f"{digit * 8}-1111-4111-8111-{digit * 12}" for digit in "de")
+
+    def outlives_the_first_run(job: dict[str, Any]) -> Iterator[str]:
+        yield "step 0"
+        deadline = time.monotonic() + 60
+        while job["metadata"]["labels"]["pipeline/runid"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        trainjob.end(first)
+        left.extend(cluster.jobs)
+        yield "step 1"
+
+    left: list[str] = []
+    with kubernetes(tmp_path, outlives_the_first_run) as cluster:
+        monkeypatch.setenv("SVIP_PIPELINE_RUN", first)
+        cluster.create(named(training()))
+        monkeypatch.setenv("SVIP_PIPELINE_RUN", second)
+        trainjob.run(training(), 2, 1)
+        assert left == cluster.created and len(left) == 1
+        cluster.run = speak
+        cluster.create(named(training()))
+        trainjob.end(second)
         assert not cluster.jobs
 
 
