@@ -47,7 +47,7 @@ class Step:
     cpu: str | None = None
     memory: str | None = None
     shm: str | None = None
-    gpus: int = 0
+    gpus: int | None = None
     gpu_type: str = "nvidia.com/gpu"
     node_selector: dict[str, str | None] = field(default_factory=dict)
     tolerations: list[Toleration] = field(default_factory=list)
@@ -113,7 +113,8 @@ class Cluster:
             ours |= {"SVIP_NODES": str(self.training.nodes), "SVIP_NAMESPACE": self.namespace}
         if self.watches(name):
             ours |= {"SVIP_NODE_CPU": step.cpu or "", "SVIP_NODE_MEMORY": step.memory or ""}
-            ours |= {"SVIP_NODE_GPUS": str(step.gpus)}
+            if step.gpus is not None:  # else one for each process, if it trains on GPUs
+                ours["SVIP_NODE_GPUS"] = str(step.gpus)
         return {**ours, **{key: value for key, value in step.env.items() if value is not None}}
 
 
@@ -180,7 +181,7 @@ def _check_training(cluster: Cluster) -> None:
     if training.work and not re.match(r"/|s3://[^/]+", training.work):
         raise SettingsError(f"training.work={training.work!r}: expected an absolute folder or s3://bucket/prefix")
     node = cluster.step("train")
-    if cluster.watches("train") and node.gpus and not node.cpu and not node.gpu_type.startswith("nvidia.com/"):
+    if cluster.watches("train") and node.gpus != 0 and not node.cpu and not node.gpu_type.startswith("nvidia.com/"):
         raise SettingsError(f"steps.train.cpu: expected CPUs, which a TrainJob needs beside {node.gpu_type}")
 
 
@@ -194,7 +195,7 @@ def _check_step(name: str, step: Step) -> None:
         if getattr(step, key) and not re.fullmatch(MEMORY, getattr(step, key)):
             raise refuse(key, "bytes with a unit, such as 8Gi")
     for key in ("gpus", "retries", "retry_pause"):
-        if getattr(step, key) < 0:
+        if (getattr(step, key) or 0) < 0:
             raise refuse(key, "at least 0")
     for claim, folder in step.volumes.items():
         if folder and not folder.startswith("/"):

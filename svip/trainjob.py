@@ -92,6 +92,7 @@ def run(training: Training, nodes: int, processes: int) -> None:
         log.info("TrainJob %s: %d nodes with %d processes each", name, nodes, processes)
     else:
         log.info("TrainJob %s is there already (%s)", name, status)
+        _take_over(client, job)
     try:
         _watch(client, name)
     except (KeyboardInterrupt, SystemExit):
@@ -103,24 +104,32 @@ def run(training: Training, nodes: int, processes: int) -> None:
 
 
 def end(pipeline_run: str) -> None:
-    """Delete the TrainJobs of a pipeline's run that has ended, be it stopped: nobody watches them any more."""
+    """Delete the TrainJobs of a pipeline's run that has ended, be it stopped: nobody watches them any more.
+
+    TrainJobError, after all have been tried, where they may go on.
+    """
     from kubernetes.client import ApiException
 
     client = _client()
-    backend = client.backend
+    backend, label, failed = client.backend, f"{PIPELINE_RUN}={pipeline_run}", []
     try:
         left = backend.custom_api.list_namespaced_custom_object(
-            *API, backend.namespace, "trainjobs", label_selector=f"{PIPELINE_RUN}={pipeline_run}"
-        )
+            *API, backend.namespace, "trainjobs", label_selector=label
+        )["items"]
     except ApiException as error:
-        raise TrainJobError(
-            f"the TrainJobs of run {pipeline_run} can't be listed ({_reason(error)}), and may go on: "
-            f"`kubectl delete trainjobs -l {PIPELINE_RUN}={pipeline_run}` ends them"
-        ) from None
-    for job in left["items"]:
+        left, failed = [], [f"they can't be listed: {_reason(error)}"]
+    for job in left:
         name = job["metadata"]["name"]
         log.warning("TrainJob %s is deleted: its pipeline has ended", name)
-        _remove(client, name)
+        try:
+            _remove(client, name)
+        except TrainJobError as error:
+            failed.append(str(error))
+    if failed:
+        raise TrainJobError(
+            f"the TrainJobs of run {pipeline_run} may go on ({'; '.join(failed)}): "
+            f"`kubectl delete trainjobs -l {label}` ends them"
+        )
 
 
 def visible(training: Training) -> Training:
@@ -332,11 +341,29 @@ def _create(client: TrainerClient, job: TrainerV1alpha1TrainJob) -> None:
             raise TrainJobError(f"TrainJob {job.metadata.name} can't be made: {_reason(error)}") from None
 
 
+def _take_over(client: TrainerClient, job: TrainerV1alpha1TrainJob) -> None:
+    """Have the job belong to this pipeline's run, so that this one's end ends it, and not that of who has made it."""
+    from kubernetes.client import ApiException
+
+    backend, name, labels = client.backend, job.metadata.name, job.metadata.labels
+    if PIPELINE_RUN not in labels:  # of no pipeline: whose it is stays as it is
+        return
+    body = {"metadata": {"labels": {PIPELINE_RUN: labels[PIPELINE_RUN]}}}
+    try:
+        backend.custom_api.patch_namespaced_custom_object(*API, backend.namespace, "trainjobs", name, body)
+    except ApiException as error:  # no reason not to watch it
+        log.warning(
+            "TrainJob %s can't be given the label of this pipeline's run (%s), and may go on after it: "
+            "`kubectl delete trainjob %s` ends it",
+            *(name, _reason(error), name),
+        )
+
+
 def _remove(client: TrainerClient, name: str) -> None:
     """Delete the job, and wait until it is gone with its pods' names."""
     try:
         client.delete_job(name)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         if getattr(error.__cause__, "status", None) != 404:
             raise TrainJobError(f"{error}: {_reason(error)}") from None
     while _status(client, name) is not None:

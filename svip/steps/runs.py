@@ -45,14 +45,17 @@ def data_settings(preset: str, overrides: Sequence[str] = ()) -> list[str]:
 def close_run(run_id: str, status: str) -> None:
     """End the parent run: FINISHED, FAILED or KILLED. With SVIP_NODES above 1 also the TrainJobs that it left.
 
-    A pod of `train` that is lost leaves its job to the one that comes next, and only here is it known that none does.
+    A pod of `train` that is lost leaves its job to the one that comes next, and only here is it known that none does:
+    jobs end also where MLflow says no.
     """
-    tracking.close_run(run_id, status)
-    job = re.search(rf"-({KFP_RUN_ID})$", run_id)
-    if job and int(os.environ.get("SVIP_NODES") or 1) > 1:
-        from svip import trainjob  # needs the extra `cluster`
+    try:
+        tracking.close_run(run_id, status)
+    finally:
+        job = re.search(rf"-({KFP_RUN_ID})$", run_id)
+        if job and int(os.environ.get("SVIP_NODES") or 1) > 1:
+            from svip import trainjob  # needs the extra `cluster`
 
-        trainjob.end(job[1])
+            trainjob.end(job[1])
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def test_steps_may_do_what_training_over_nodes_takes_and_no_more(objects: tuple[
     }
     trainer = "trainer.kubeflow.org"
     assert allowed == {
-        *((trainer, "trainjobs", verb) for verb in ("create", "get", "list", "watch", "delete")),
+        *((trainer, "trainjobs", verb) for verb in ("create", "get", "list", "watch", "patch", "delete")),
         *((trainer, "trainingruntimes", verb) for verb in ("get", "list")),
         *(("", thing, verb) for thing in ("pods", "pods/log", "events") for verb in ("get", "list", "watch")),
         *(("argoproj.io", "workflowtaskresults", verb) for verb in ("create", "patch")),

@@ -60,6 +60,8 @@ class Cluster:
         self.runtimes = {"svip": RUNTIME}
         self.created: list[str] = []
         self.secrets = {"svip-mlflow"}
+        self.kept: set[str] = set()
+        """Names of jobs that nobody may delete."""
         self.cut_log_after = 0
         """Lines after which the first connection to a log is cut; 0: it is not."""
         self._logs: dict[str, list[str]] = {}
@@ -189,8 +191,22 @@ def kubernetes(folder: Path, run: Node) -> Iterator[Cluster]:
             cluster.create(job)
             self.answer(201, job)
 
+        def do_PATCH(self) -> None:
+            change = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            job = cluster.jobs.get(self.path.rpartition("/")[2])
+            if self.headers["Content-Type"] != "application/merge-patch+json" or list(change) != ["metadata"]:
+                self.answer(415, {"kind": "Status", "status": "Failure", "reason": "UnsupportedMediaType", "code": 415})
+            elif job is None:
+                self.missing()
+            else:
+                job["metadata"]["labels"] |= change["metadata"]["labels"]
+                self.answer(200, job)
+
         def do_DELETE(self) -> None:
-            if cluster.jobs.pop(self.path.rpartition("/")[2], None) is None:
+            name = self.path.rpartition("/")[2]
+            if name in cluster.kept:
+                self.answer(403, {"kind": "Status", "status": "Failure", "reason": "Forbidden", "code": 403})
+            elif cluster.jobs.pop(name, None) is None:
                 self.missing()
             else:
                 self.answer(200, {"kind": "Status", "status": "Success"})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from svip.data.bundle import Bundle
 from svip.data.bundle_cache import open_bundle
 from svip.semantics.vectors import open_embedding
 from svip.steps import close_run
+from svip.tracking import TrackingError
 from svip.training.work import Place
 
 pytest.importorskip("kubeflow", reason="needs the extra `cluster`")
@@ -251,6 +255,77 @@ def test_a_pipeline_that_has_ended_leaves_no_job_and_those_of_others_go_on(
         monkeypatch.setenv("SVIP_NODES", "2")
         close_run(f"ablation-{ours}", "CANCELLED")
         assert list(cluster.jobs) == [named(training(place=f"{PLACE}-2"))["metadata"]["name"]]
+
+
+@pytest.fixture
+def refusing_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A server that takes nobody's password."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            """Keep quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("SVIP_OUTBOX", str(tmp_path / "outbox"))
+        yield
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("refusing_mlflow")
+def test_jobs_end_when_mlflow_says_no_and_also_those_after_one_that_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = "cccccccc-1111-4111-8111-cccccccccccc"
+    monkeypatch.setenv("SVIP_NODES", "2")
+    monkeypatch.setenv("SVIP_PIPELINE_RUN", ours)
+    jobs = [named(training(place=f"{PLACE}-{number}")) for number in range(2)]
+    kept = jobs[0]["metadata"]["name"]
+    with kubernetes(tmp_path, speak) as cluster:
+        for job in jobs:
+            cluster.create(job)
+        cluster.kept = {kept}
+        with pytest.raises(trainjob.TrainJobError, match=rf"may go on \(.*{kept}.*Forbidden.*`kubectl delete"):
+            close_run(f"ablation-{ours}", "CANCELLED")
+        assert list(cluster.jobs) == [kept]
+        cluster.kept = set()
+        with pytest.raises(TrackingError):
+            close_run(f"ablation-{ours}", "CANCELLED")
+        assert not cluster.jobs
+
+
+def test_a_job_belongs_to_the_run_that_watches_it_and_ends_with_that_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (f"{digit * 8}-1111-4111-8111-{digit * 12}" for digit in "de")
+
+    def outlives_the_first_run(job: dict[str, Any]) -> Iterator[str]:
+        yield "step 0"
+        deadline = time.monotonic() + 60
+        while job["metadata"]["labels"]["pipeline/runid"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        trainjob.end(first)
+        left.extend(cluster.jobs)
+        yield "step 1"
+
+    left: list[str] = []
+    with kubernetes(tmp_path, outlives_the_first_run) as cluster:
+        monkeypatch.setenv("SVIP_PIPELINE_RUN", first)
+        cluster.create(named(training()))
+        monkeypatch.setenv("SVIP_PIPELINE_RUN", second)
+        trainjob.run(training(), 2, 1)
+        assert left == cluster.created and len(left) == 1
+        cluster.run = speak
+        cluster.create(named(training()))
+        trainjob.end(second)
+        assert not cluster.jobs
 
 
 def test_no_cluster_and_no_runtime_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from pipelines.catalog import PIPELINES, PipelineError
 from pipelines.cluster_cli import app
 from pipelines.compiling import compile_pipeline
 from pipelines.settings import SettingsError, load_cluster, step_names
-from svip.config import ConfigError
+from svip import trainjob
+from svip.config import ConfigError, load_config
 
 SHIPPED = Path(__file__).parents[2] / "infra" / "cluster.yaml"
 Compiled = Callable[..., tuple[Tree, Tree]]
@@ -233,6 +235,21 @@ def test_training_on_several_nodes_leaves_what_training_takes_to_them(compiled: 
     variables = {entry["name"]: entry["value"] for entry in container(spec, "train")["env"]}
     wanted = {"SVIP_NODES": "2", "SVIP_PROCESSES": "4", "SVIP_NODE_CPU": "8", "SVIP_NODE_MEMORY": "64Gi", "A": "1"}
     assert (wanted | {"SVIP_NODE_GPUS": "4"}).items() <= variables.items()
+
+
+@pytest.mark.parametrize(("given", "asked"), [("{}", 4), ("{gpus: null}", 4), ("{gpus: 0}", 0), ("{gpus: 2}", 2)])
+def test_nodes_ask_for_a_gpu_for_each_process_unless_told_otherwise(
+    given: str, asked: int, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("kubeflow", reason="needs the extra `cluster`")
+    spec, _ = compiled(f"training: {{nodes: 2, processes: 4}}\nsteps: {{train: {given}}}")
+    monkeypatch.delenv("SVIP_NODE_GPUS", raising=False)
+    for entry in container(spec, "train")["env"]:
+        monkeypatch.setenv(entry["name"], entry.get("value", ""))
+    training = trainjob.Training("s3://team/bundle", "s3://team/words", "s3://team/work", [], load_config("smoke", []))
+    trainer = trainjob.render(training, 2, int(os.environ["SVIP_PROCESSES"])).to_dict()["spec"]["trainer"]
+    assert trainer["numProcPerNode"] == 4
+    assert trainer.get("resourcesPerNode", {}).get("limits", {}).get("nvidia.com/gpu", 0) == asked
 
 
 def test_the_last_step_can_find_the_trainjobs_of_its_run(compiled: Compiled) -> None:
