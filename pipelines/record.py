@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,19 @@ def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
     """
     results, before = RESULTS[asked["pipeline"]], _read(out)
     if before is None:
-        strange = [name for name in results if (out / name).exists()]
-        if strange:
+        if strange := _present(out, results):
             raise PipelineError(f"{out} holds {', '.join(strange)} of no known pipeline; use another --out")
         return False
-    finished = before["finished"]
     changed = _changes(before["asked"], asked)
-    if changed and finished:
+    # a rerun for a result that was removed has not finished, but the others are there
+    if changed and (before["finished"] or any(_present(out, names) for names in RESULTS.values())):
         raise PipelineError(f"{out} holds the results of other settings ({'; '.join(changed)}); use another --out")
     changed = _changes(before["asked"], asked, besides=NOT_OF_TRAINING)
     if changed and training_begun(out):
         raise PipelineError(
             f"{out} was begun with other settings ({'; '.join(changed)}); use the same to go on, or another --out"
         )
-    return finished and all((out / name).exists() for name in results)
+    return before["finished"] and _present(out, results) == list(results)
 
 
 def begin(out: Path, asked: Mapping[str, Any]) -> str:
@@ -72,8 +71,20 @@ def training_begun(out: Path) -> bool:
     return any(True for name in kept for _ in (out / "work").rglob(name))
 
 
+def _present(out: Path, results: Iterable[str]) -> list[str]:
+    return [name for name in results if (out / name).exists()]
+
+
 def _read(out: Path) -> dict[str, Any] | None:
-    return dict(json.loads((out / NAME).read_text())) if (out / NAME).exists() else None
+    try:
+        note = json.loads((out / NAME).read_text(encoding="utf-8"))
+        return {key: note[key] for key in ("asked", "jobs", "finished")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise PipelineError(
+            f"{out / NAME} is damaged, so what {out} holds is not known ({error!r}); restore it, or use another --out"
+        ) from error
 
 
 def _write(out: Path, note: Mapping[str, Any]) -> None:

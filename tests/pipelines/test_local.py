@@ -191,6 +191,16 @@ def test_a_folder_with_results_is_finished_for_the_same_settings_and_refuses_oth
     (out / "metrics.json").unlink()
     assert not record.is_finished(out, experiment("optim.epochs=2")), "a result is gone, and is made anew"
     assert record.begin(out, experiment("optim.epochs=2")) == "", "but not in the run that had finished"
+    for other in ("optim.epochs=3", "evaluation.eszsl=false"):
+        with pytest.raises(PipelineError, match="holds the results of other settings"):
+            record.is_finished(out, experiment("optim.epochs=2", other))
+
+
+@pytest.mark.parametrize("content", ["", '{"asked": {', "[]", "{}"])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "pipeline.json").write_text(content)
+    with pytest.raises(PipelineError, match="pipeline.json is damaged, .* use another --out"):
+        record.is_finished(tmp_path, experiment())
 
 
 def test_a_folder_in_which_training_has_begun_is_kept_for_its_settings(tmp_path: Path) -> None:
