@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,9 @@ from svip.config import Config, flatten
 from svip.tuning.space import find_space
 
 NAME = "pipeline.json"
+CONTENT = "content of "
+HASHED = 256 << 20
+"""Bytes of the largest file that is told by its content; a larger one by its size and the time of its change."""
 
 
 def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,6 +26,7 @@ def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[st
     if "space" in parameters:
         asked["space"] = find_space(parameters["space"], preset).read_text(encoding="utf-8")
     asked |= {key: value for key, value in flatten(config).items() if key not in CHANGE_NOTHING}
+    asked |= {f"{CONTENT}{path}": _told_by(path) for path in _files(config)}
     return dict(json.loads(json.dumps({"pipeline": pipeline, **asked})))
 
 
@@ -71,6 +76,22 @@ def training_begun(out: Path) -> bool:
     return any(True for name in kept for _ in (out / "work").rglob(name))
 
 
+def _files(config: Config) -> list[Path]:
+    """Files of this machine that the results depend on."""
+    data, semantics = config.data, config.semantics
+    vectors = (semantics.vectors or "").partition("::")[0]  # FILE.zip::MEMBER
+    named = (data.images, data.attributes, vectors, semantics.phrases, config.model.weights)
+    return [Path(name) for name in named if name and Path(name).is_file()]
+
+
+def _told_by(path: Path) -> str:
+    state = path.stat()
+    if state.st_size > HASHED:
+        return f"{state.st_size} bytes of {state.st_mtime_ns}"
+    with path.open("rb") as file:
+        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
 def _present(out: Path, results: Iterable[str]) -> list[str]:
     return [name for name in results if (out / name).exists()]
 
@@ -94,9 +115,10 @@ def _write(out: Path, note: Mapping[str, Any]) -> None:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], besides: tuple[str, ...] = ()) -> list[str]:
-    """``key: before -> now`` of what both know (another version may have other keys); of a space's text the key.
+    """``key: before -> now`` of what both know (another version may have other keys); of a file's content the key.
 
     ``besides``: beginnings of keys that may have changed.
     """
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(besides)]
-    return ["space" if key == "space" else f"{key}: {before[key]} -> {now[key]}" for key in changed]
+    contents = ("space", CONTENT)
+    return [key if key.startswith(contents) else f"{key}: {before[key]} -> {now[key]}" for key in changed]

@@ -196,6 +196,30 @@ def test_a_folder_with_results_is_finished_for_the_same_settings_and_refuses_oth
             record.is_finished(out, experiment("optim.epochs=2", other))
 
 
+def test_results_are_of_the_files_content_that_the_settings_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"data.images": "images.csv", "data.attributes": "birds.csv", "semantics.vectors": "glove.txt"}
+    for name in files.values():
+        (tmp_path / name).write_text("0.25")
+    asked = [f"{key}={tmp_path / name}" for key, name in files.items()]
+    (tmp_path / "out").mkdir()
+    out = finished(tmp_path / "out", experiment(*asked))
+    os.utime(tmp_path / "birds.csv", (1, 1))
+    assert record.is_finished(out, experiment(*asked)), "the same content"
+    for name in files.values():
+        (tmp_path / name).write_text("0.75")
+        with pytest.raises(PipelineError, match=rf"of other settings \(content of \S+/{name}\); use another --out"):
+            record.is_finished(out, experiment(*asked))
+        (tmp_path / name).write_text("0.25")
+    monkeypatch.setattr(record, "HASHED", 3)  # bytes: too large to be read each time
+    large = finished(tmp_path / "out", experiment(*asked))
+    assert record.is_finished(large, experiment(*asked))
+    os.utime(tmp_path / "glove.txt", (1, 1))
+    with pytest.raises(PipelineError, match=r"\(content of \S+/glove.txt\)"):
+        record.is_finished(large, experiment(*asked))
+
+
 @pytest.mark.parametrize("content", ["", '{"asked": {', "[]", "{}"])
 def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "pipeline.json").write_text(content)
