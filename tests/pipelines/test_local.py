@@ -244,6 +244,17 @@ def test_a_folder_in_which_training_has_begun_is_kept_for_its_settings(tmp_path:
         record.is_finished(tmp_path, experiment("data.seed=2"))
 
 
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from svip.data.transfer import locked\n"
+    code += "with locked(Path(sys.argv[1]), inside=True): print('at work', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdin and first.stdout and first.stdout.readline() == b"at work\n"
+        with pytest.raises(ValueError, match=r"another process is at work on \S+/out; wait until .* another --out"):
+            local.run("experiment", "smoke", [], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"], "nothing was begun"
+
+
 def test_a_folder_with_results_of_other_commands_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "evaluation").mkdir()
     with pytest.raises(PipelineError, match="holds evaluation of no known pipeline; use another --out"):
