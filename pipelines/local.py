@@ -18,6 +18,7 @@ from pipelines import record
 from pipelines.catalog import RESULTS, PipelineError, find_pipeline
 from pipelines.steplog import StepLog
 from svip.config import Config, load_config
+from svip.data.transfer import locked
 from svip.tracking import close_run, tracking_uri
 from svip.tuning.space import load_space
 
@@ -39,7 +40,8 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
     Every run keeps its own folder under ``out/kfp``; ``out/pipeline.log`` is the whole log of the last one. Training
     keeps its state in ``out/work`` until a run succeeds, so that the next one goes on where this one ended. Where the
     results are there already, nothing is run. Raises ConfigError, SweepError, SpaceError or PipelineError before
-    anything starts, PipelineError with the step and the end of its log when one fails.
+    anything starts, and DataError while another run is at work in ``out``; PipelineError with the step and the end of
+    its log when one fails.
     """
     config = load_config(preset, overrides)
     pipeline = find_pipeline(name, parameters)
@@ -53,35 +55,36 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
     if "space" in inputs:
         load_space(parameters.get("space", ""), preset, overrides)
     out = out.absolute()
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    jobs = record.begin(out, asked)
-    if "continues" in inputs:
-        parameters["continues"] = jobs
-    runs, space = out / "kfp", str(parameters.get("space", ""))
-    before = set(runs.glob(f"{name}-*"))
-    with _environment(out), (out / "pipeline.log").open("w", buffering=1) as file:
-        steps = StepLog(sys.stdout, file)
-        try:
-            with _runner(runner, config, preset, out, runs, space), contextlib.redirect_stdout(steps):
-                pipeline(preset=preset, overrides=overrides, **parameters)
-        except KeyboardInterrupt:  # kfp runs no exit handler then
-            for folder in set(runs.glob(f"{name}-*")) - before:
-                _kill_run(folder)
-            print(f"stopped. {_how_to_go_on(out)}", file=sys.stderr)
-            raise
-        except PipelineError:
-            raise
-        except RuntimeError as error:
-            raise PipelineError(f"{_explain(steps, out)}\n{_how_to_go_on(out)}") from error
-    folder = max(set(runs.glob(f"{name}-*")) - before)
-    missing = [source for source in RESULTS[name].values() if not (folder / source).exists()]
-    if missing:
-        raise PipelineError(f"the pipeline left no {', '.join(missing)} in {folder}; see {out / 'pipeline.log'}")
-    if name == "tuning":
-        _keep_study(folder / RESULTS[name]["study"], out / "work")
-    _publish(RESULTS[name], folder, out)
-    record.finish(out, asked)
-    shutil.rmtree(out / "work", ignore_errors=True)
+    with locked(out, inside=True, wait=False):
+        (out / "work").mkdir(parents=True, exist_ok=True)
+        jobs = record.begin(out, asked)
+        if "continues" in inputs:
+            parameters["continues"] = jobs
+        runs, space = out / "kfp", str(parameters.get("space", ""))
+        before = set(runs.glob(f"{name}-*"))
+        with _environment(out), (out / "pipeline.log").open("w", buffering=1) as file:
+            steps = StepLog(sys.stdout, file)
+            try:
+                with _runner(runner, config, preset, out, runs, space), contextlib.redirect_stdout(steps):
+                    pipeline(preset=preset, overrides=overrides, **parameters)
+            except KeyboardInterrupt:  # kfp runs no exit handler then
+                for folder in set(runs.glob(f"{name}-*")) - before:
+                    _kill_run(folder)
+                print(f"stopped. {_how_to_go_on(out)}", file=sys.stderr)
+                raise
+            except PipelineError:
+                raise
+            except RuntimeError as error:
+                raise PipelineError(f"{_explain(steps, out)}\n{_how_to_go_on(out)}") from error
+        folder = max(set(runs.glob(f"{name}-*")) - before)
+        missing = [source for source in RESULTS[name].values() if not (folder / source).exists()]
+        if missing:
+            raise PipelineError(f"the pipeline left no {', '.join(missing)} in {folder}; see {out / 'pipeline.log'}")
+        if name == "tuning":
+            _keep_study(folder / RESULTS[name]["study"], out / "work")
+        _publish(RESULTS[name], folder, out)
+        record.finish(out, asked)
+        shutil.rmtree(out / "work", ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from svip.config import Config, flatten
 from svip.tuning.space import find_space
 
 NAME = "pipeline.json"
+CONTENT = "content of "
+HASHED = 256 << 20
+"""Bytes of the largest file that is told by its content; a larger one by its size and the time of its change."""
 
 
 def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,6 +26,7 @@ def asked_for(pipeline: str, preset: str, config: Config, parameters: Mapping[st
     if "space" in parameters:
         asked["space"] = find_space(parameters["space"], preset).read_text(encoding="utf-8")
     asked |= {key: value for key, value in flatten(config).items() if key not in CHANGE_NOTHING}
+    asked |= {f"{CONTENT}{path}": _told_by(path) for path in _files(config)}
     return dict(json.loads(json.dumps({"pipeline": pipeline, **asked})))
 
 
@@ -32,20 +37,19 @@ def is_finished(out: Path, asked: Mapping[str, Any]) -> bool:
     """
     results, before = RESULTS[asked["pipeline"]], _read(out)
     if before is None:
-        strange = [name for name in results if (out / name).exists()]
-        if strange:
+        if strange := _present(out, results):
             raise PipelineError(f"{out} holds {', '.join(strange)} of no known pipeline; use another --out")
         return False
-    finished = before["finished"]
     changed = _changes(before["asked"], asked)
-    if changed and finished:
+    # a rerun for a result that was removed has not finished, but the others are there
+    if changed and (before["finished"] or any(_present(out, names) for names in RESULTS.values())):
         raise PipelineError(f"{out} holds the results of other settings ({'; '.join(changed)}); use another --out")
     changed = _changes(before["asked"], asked, besides=NOT_OF_TRAINING)
     if changed and training_begun(out):
         raise PipelineError(
             f"{out} was begun with other settings ({'; '.join(changed)}); use the same to go on, or another --out"
         )
-    return finished and all((out / name).exists() for name in results)
+    return before["finished"] and _present(out, results) == list(results)
 
 
 def begin(out: Path, asked: Mapping[str, Any]) -> str:
@@ -72,8 +76,36 @@ def training_begun(out: Path) -> bool:
     return any(True for name in kept for _ in (out / "work").rglob(name))
 
 
+def _files(config: Config) -> list[Path]:
+    """Files of this machine that the results depend on."""
+    data, semantics = config.data, config.semantics
+    vectors = (semantics.vectors or "").partition("::")[0]  # FILE.zip::MEMBER
+    named = (data.images, data.attributes, vectors, semantics.phrases, config.model.weights)
+    return [Path(name) for name in named if name and Path(name).is_file()]
+
+
+def _told_by(path: Path) -> str:
+    state = path.stat()
+    if state.st_size > HASHED:
+        return f"{state.st_size} bytes of {state.st_mtime_ns}"
+    with path.open("rb") as file:
+        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _present(out: Path, results: Iterable[str]) -> list[str]:
+    return [name for name in results if (out / name).exists()]
+
+
 def _read(out: Path) -> dict[str, Any] | None:
-    return dict(json.loads((out / NAME).read_text())) if (out / NAME).exists() else None
+    try:
+        note = json.loads((out / NAME).read_text(encoding="utf-8"))
+        return {key: note[key] for key in ("asked", "jobs", "finished")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise PipelineError(
+            f"{out / NAME} is damaged, so what {out} holds is not known ({error!r}); restore it, or use another --out"
+        ) from error
 
 
 def _write(out: Path, note: Mapping[str, Any]) -> None:
@@ -83,9 +115,10 @@ def _write(out: Path, note: Mapping[str, Any]) -> None:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], besides: tuple[str, ...] = ()) -> list[str]:
-    """``key: before -> now`` of what both know (another version may have other keys); of a space's text the key.
+    """``key: before -> now`` of what both know (another version may have other keys); of a file's content the key.
 
     ``besides``: beginnings of keys that may have changed.
     """
     changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(besides)]
-    return ["space" if key == "space" else f"{key}: {before[key]} -> {now[key]}" for key in changed]
+    contents = ("space", CONTENT)
+    return [key if key.startswith(contents) else f"{key}: {before[key]} -> {now[key]}" for key in changed]

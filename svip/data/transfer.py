@@ -33,6 +33,7 @@ from svip.data.store import sync
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+LOCK = ".lock"
 FOUND = "found there"
 """Source of a file that was put into its place by other means."""
 
@@ -174,12 +175,23 @@ def read_bytes(address: str) -> bytes:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """One process at a time works on ``target``; the others wait, and say so."""
-    lock = FileLock(target.resolve().with_name(f".{target.name}.lock"), is_singleton=True)  # may be taken twice
+def locked(target: Path, *, inside: bool = False, wait: bool = True) -> Iterator[None]:
+    """One process at a time works on ``target``; the others wait, and say so (``wait`` False: DataError).
+
+    The lock lies beside ``target``; or ``inside`` that folder, which is made if need be, where no other may be written.
+    """
+    place = target.resolve()
+    if inside:
+        place.mkdir(parents=True, exist_ok=True)
+    path = place / LOCK if inside else place.with_name(f".{target.name}{LOCK}")
+    lock = FileLock(path, is_singleton=True)  # may be taken twice
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not wait:
+            raise DataError(
+                f"another process is at work on {target}; wait until it has ended, or use another --out"
+            ) from None
         log.warning("another process is at work on %s; waiting for it", target)
         lock.acquire()
     try:

@@ -192,7 +192,7 @@ def _sweep(
 
     tags = {"preset": preset, "bundle_sha256": data.sha256, "step": name}
     experiment = experiment_of(load_config(preset, overrides))
-    with locked(directory), run_of_folder(directory, experiment, name, parent_run_id, tags) as parent:
+    with locked(directory, inside=True), run_of_folder(directory, experiment, name, parent_run_id, tags) as parent:
         try:
             with tracking.runs_of_their_own():
                 sweep.work([run for run in runs if homes[run][0] is run], is_finished, execute, show)

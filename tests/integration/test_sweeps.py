@@ -100,7 +100,7 @@ def test_a_second_process_waits_for_the_first_and_then_goes_on(
     ablate: Ablate, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     code = "import sys; from pathlib import Path; from svip.data.transfer import locked\n"
-    code += "with locked(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.read()"
+    code += "with locked(Path(sys.argv[1]), inside=True): print('at work', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     with (
         ThreadPoolExecutor(1) as second,
@@ -112,7 +112,7 @@ def test_a_second_process_waits_for_the_first_and_then_goes_on(
         while not any("another process is at work on" in record.message for record in caplog.records):
             assert time.monotonic() < deadline and not page.done()
             time.sleep(0.05)
-        assert not (tmp_path / "out").exists()
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", ".lock"], "it writes nothing beside its folder"
         first.stdin.close()
         assert Path(page.result()).exists()
 

@@ -191,6 +191,40 @@ def test_a_folder_with_results_is_finished_for_the_same_settings_and_refuses_oth
     (out / "metrics.json").unlink()
     assert not record.is_finished(out, experiment("optim.epochs=2")), "a result is gone, and is made anew"
     assert record.begin(out, experiment("optim.epochs=2")) == "", "but not in the run that had finished"
+    for other in ("optim.epochs=3", "evaluation.eszsl=false"):
+        with pytest.raises(PipelineError, match="holds the results of other settings"):
+            record.is_finished(out, experiment("optim.epochs=2", other))
+
+
+def test_results_are_of_the_files_content_that_the_settings_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"data.images": "images.csv", "data.attributes": "birds.csv", "semantics.vectors": "glove.txt"}
+    for name in files.values():
+        (tmp_path / name).write_text("0.25")
+    asked = [f"{key}={tmp_path / name}" for key, name in files.items()]
+    (tmp_path / "out").mkdir()
+    out = finished(tmp_path / "out", experiment(*asked))
+    os.utime(tmp_path / "birds.csv", (1, 1))
+    assert record.is_finished(out, experiment(*asked)), "the same content"
+    for name in files.values():
+        (tmp_path / name).write_text("0.75")
+        with pytest.raises(PipelineError, match=rf"of other settings \(content of \S+/{name}\); use another --out"):
+            record.is_finished(out, experiment(*asked))
+        (tmp_path / name).write_text("0.25")
+    monkeypatch.setattr(record, "HASHED", 3)  # bytes: too large to be read each time
+    large = finished(tmp_path / "out", experiment(*asked))
+    assert record.is_finished(large, experiment(*asked))
+    os.utime(tmp_path / "glove.txt", (1, 1))
+    with pytest.raises(PipelineError, match=r"\(content of \S+/glove.txt\)"):
+        record.is_finished(large, experiment(*asked))
+
+
+@pytest.mark.parametrize("content", ["", '{"asked": {', "[]", "{}"])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "pipeline.json").write_text(content)
+    with pytest.raises(PipelineError, match="pipeline.json is damaged, .* use another --out"):
+        record.is_finished(tmp_path, experiment())
 
 
 def test_a_folder_in_which_training_has_begun_is_kept_for_its_settings(tmp_path: Path) -> None:
@@ -208,6 +242,17 @@ def test_a_folder_in_which_training_has_begun_is_kept_for_its_settings(tmp_path:
         PipelineError, match=r"was begun with other settings \(data.seed: 1 -> 2\); use the same to go on"
     ):
         record.is_finished(tmp_path, experiment("data.seed=2"))
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from svip.data.transfer import locked\n"
+    code += "with locked(Path(sys.argv[1]), inside=True): print('at work', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdin and first.stdout and first.stdout.readline() == b"at work\n"
+        with pytest.raises(ValueError, match=r"another process is at work on \S+/out; wait until .* another --out"):
+            local.run("experiment", "smoke", [], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"], "nothing was begun"
 
 
 def test_a_folder_with_results_of_other_commands_is_left_alone(tmp_path: Path) -> None:
