@@ -49,17 +49,20 @@ def running_engine() -> Iterator[str]:
         yield host
 
 
-SUPERVISED = r"""
-folder=$1
-shift
+REMOVE = r"""
+grep -o " $folder/[^ ]*" /proc/mounts | sort -r | xargs -r umount --lazy
+rm -rf "$folder"
+"""
+"""Shell: remove the folder of an engine that has ended (dockerd leaves the mount of its network namespace)."""
+SUPERVISED = rf"""
 trap 'kill $!' TERM
 "$@" &
 wait $!  # until SIGTERM comes
 wait $!
-grep -o " $folder/[^ ]*" /proc/mounts | sort -r | xargs -r umount --lazy
-rm -rf "$folder"
-"""
-"""Shell: run a server and, when it has ended, remove its folder (dockerd leaves the mount of its network namespace)."""
+{REMOVE}"""
+"""Shell: run a server and, when it has ended, remove its folder."""
+PATIENCE = 120
+"""Seconds that an engine may take to end by itself."""
 
 
 @contextlib.contextmanager
@@ -74,9 +77,10 @@ def own_engine() -> Iterator[str]:
     alone = ["--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--bridge=none"]
     own = [f"--data-root={folder}/data", f"--exec-root={folder}/exec", f"--pidfile={folder}/pid"]
     dockerd = ["dockerd", f"--host={host}", "--exec-opt=native.cgroupdriver=cgroupfs", *own, *alone]
-    command = ["setpriv", "--pdeathsig=TERM", "sh", "-c", SUPERVISED, "sh", folder, *dockerd]
+    command = ["setpriv", "--pdeathsig=TERM", "sh", "-c", SUPERVISED, "sh", *dockerd]
+    env = {**os.environ, "folder": folder}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         try:
             for _ in range(300):
                 if process.poll() is not None or answers(host):
@@ -89,9 +93,11 @@ def own_engine() -> Iterator[str]:
         finally:
             process.terminate()
             try:
-                process.wait(120)
-            except subprocess.TimeoutExpired:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:  # the shell, which would remove the folder, is killed with its server
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                subprocess.run(["sh", "-c", REMOVE], env=env, check=True)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import requests
 
 from benchmarks.ports import free_port
 
+MORTAL = ["setpriv", "--pdeathsig=TERM"] if shutil.which("setpriv") else []
+"""How a command begins that is to end with this process, however that ends; a server of MLflow ends its own then."""
+
 
 class Server:
     """``mlflow server`` on loopback, with its SQLite file and artifacts in a folder."""
@@ -28,7 +32,7 @@ class Server:
 
     def start(self) -> None:
         """Start it, again too, and wait until it answers; TimeoutError with its log when it does not."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [*MORTAL, sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -26,6 +26,7 @@ from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.ui import WebDriverWait
 from small_training import IMAGE_ROLES, TINY, write_bundle, write_vectors
 
+from benchmarks.mlflowserver import MORTAL
 from benchmarks.ports import free_port
 from svip import steps
 from svip.config import load_config, to_yaml
@@ -95,7 +96,7 @@ def served(uri: str, log: Path) -> Iterator[str]:
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with log.open("w") as file:
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--workers", "1"],
+            [*MORTAL, *command, "--host", "127.0.0.1", "--workers", "1"],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
