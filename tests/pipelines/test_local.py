@@ -387,6 +387,7 @@ def test_the_command_of_a_pipeline_that_was_killed_goes_on_with_its_training(tmp
     os.kill(step, signal.SIGKILL)
     first.process.wait(60)
 
+    settings = (*settings, "evaluation.eszsl=false")  # which the training doesn't look at
     again = Run(tmp_path, *settings, "train.checkpoint_steps=1000")  # which changes no number
     try:
         assert again.process.wait(600) == 0, again.said
@@ -394,6 +395,8 @@ def test_the_command_of_a_pipeline_that_was_killed_goes_on_with_its_training(tmp
         again.process.terminate()
     assert "select: resumed after epoch 1" in again.said
     assert "select epoch 1: loss" not in again.said
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["settings"]["evaluation.eszsl"] is False and not metrics["comparators"]
     parent, nested = statuses(tmp_path)
     assert {parent, *nested} == {"FINISHED"}, "the runs were gone on with too"
     assert not (tmp_path / "out" / "work").exists()
