@@ -54,6 +54,19 @@ def outage(server: Server) -> Iterator[None]:
         server.start()
 
 
+@contextmanager
+def no_place_for_files(server: Server) -> Iterator[None]:
+    artifacts, aside = server.folder / "artifacts", server.folder / "aside"
+    artifacts.mkdir(exist_ok=True)
+    artifacts.rename(aside)
+    artifacts.touch()  # a file, in which no folder can be made
+    try:
+        yield
+    finally:
+        artifacts.unlink()
+        aside.rename(artifacts)
+
+
 @pytest.fixture
 def proxy(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """The way to the server, and an outbox of its own."""
@@ -65,15 +78,36 @@ def proxy(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     proxy.close()
 
 
+@contextmanager
+def reading(server: Server) -> Iterator[MlflowClient]:
+    """A client that asks again, as the server may close an idle connection; the product leaves that to its outbox."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+        yield MlflowClient(server.uri)
+
+
 def runs(server: Server, experiment: str) -> list[Run]:
-    client = MlflowClient(server.uri)
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    return list(client.search_runs([found.experiment_id]))
+    with reading(server) as client:
+        found = client.get_experiment_by_name(experiment)
+        assert found is not None
+        return list(client.search_runs([found.experiment_id]))
 
 
 def steps_of(server: Server, run: Run, key: str) -> list[int]:
-    return [metric.step for metric in MlflowClient(server.uri).get_metric_history(run.info.run_id, key)]
+    with reading(server) as client:
+        return [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
+
+
+def files_of(server: Server, run: Run) -> set[str]:
+    with reading(server) as client:
+        return {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def models_of(server: Server, run: Run) -> list[str]:
+    """The state of each model that the run has logged."""
+    with reading(server) as client:
+        found = client.search_logged_models([run.info.experiment_id])
+    return [str(model.status) for model in found if model.source_run_id == run.info.run_id]
 
 
 def synced(*arguments: str | Path) -> str:
@@ -143,7 +177,6 @@ class Training:
         """The server has all that the training wrote to its own folder, once."""
         if self.outbox.exists():  # on a busy machine, which didn't send it all while the end waited
             synced(self.outbox)
-        client = MlflowClient(self.server.uri)
         name = (self.out / "run_id").read_text()  # local where the server took long to open it
         (run,) = [
             run
@@ -151,7 +184,8 @@ class Training:
             if name in (run.info.run_id, run.data.tags.get("outbox_id"))
         ]
         assert run.info.status == "FINISHED"
-        histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        with reading(self.server) as client:
+            histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
         found = [(key, entry.step, entry.value) for key, history in histories.items() for entry in history]
         expected = [
             (key.replace("train/", "final_train/") if entry["phase"] == "final" else key, entry["epoch"], value)
@@ -163,14 +197,8 @@ class Training:
         assert sorted(entry for entry in found if not entry[0].startswith("system/")) == sorted(expected)
         samples = [entry.step for entry in histories["system/cpu_utilization_percentage"]]
         assert samples == list(range(1, len(samples) + 1))
-        files = {file.path for file in client.list_artifacts(run.info.run_id)}
-        assert files >= {"config.yaml", "environment.txt", "model.json", "history.json", "charts"}
-        (model,) = [
-            model
-            for model in client.search_logged_models([run.info.experiment_id])
-            if model.source_run_id == run.info.run_id
-        ]
-        assert model.status == "READY"
+        assert files_of(self.server, run) >= {"config.yaml", "environment.txt", "model.json", "history.json", "charts"}
+        assert models_of(self.server, run) == ["READY"]
         assert not self.outbox.exists()
 
     @property
@@ -248,11 +276,7 @@ def test_metrics_arrive_although_the_server_has_no_place_for_files(
     monkeypatch.setattr(sender, "SHORT_FLUSH", 1.0)
     monkeypatch.setattr(sender, "FLUSH", 1.0)
     (tmp_path / "curve.csv").write_text("gamma\n0\n")
-    artifacts, aside = server.folder / "artifacts", server.folder / "aside"
-    artifacts.mkdir(exist_ok=True)
-    artifacts.rename(aside)
-    artifacts.touch()  # a file, in which no folder can be made
-    with open_tracker("svip/placeless", "train") as tracker:
+    with no_place_for_files(server), open_tracker("svip/placeless", "train") as tracker:
         tracker.log_artifact(tmp_path / "curve.csv")
         for step in range(3):
             tracker.log_metrics({"loss": step / 7}, step)
@@ -265,13 +289,11 @@ def test_metrics_arrive_although_the_server_has_no_place_for_files(
     assert (run.info.status, run.data.tags["protocol"]) == ("RUNNING", "none"), "not finished without its files"
     assert steps_of(server, run, "loss") == [0, 1, 2]
 
-    artifacts.unlink()
-    aside.rename(artifacts)
     assert ": 2 sent to" in synced()  # the file and the end
     (run,) = runs(server, "svip/placeless")
     assert run.info.status == "FINISHED"
     assert steps_of(server, run, "loss") == [0, 1, 2]
-    assert [file.path for file in MlflowClient(server.uri).list_artifacts(run.info.run_id)] == ["curve.csv"]
+    assert files_of(server, run) == {"curve.csv"}
 
 
 def test_a_training_that_began_without_the_server_is_in_it_after_a_sync(
@@ -294,17 +316,11 @@ def test_a_training_that_began_without_the_server_is_in_it_after_a_sync(
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     epochs = [entry["epoch"] for entry in history if "val/H" in entry]
     assert epochs and steps_of(server, run, "val/H") == epochs
-    client = MlflowClient(server.uri)
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "history.json"}
-
-    def models() -> list[str]:
-        found = client.search_logged_models([run.info.experiment_id])
-        return [str(model.status) for model in found if model.source_run_id == run.info.run_id]
-
-    assert models() == ["READY"]
+    assert files_of(server, run) >= {"config.yaml", "history.json"}
+    assert models_of(server, run) == ["READY"]
     assert steps.train(*arguments)["run_id"] == run.info.run_id  # the folder's run is the server's now
     assert (tmp_path / "run" / "run_id").read_text() == run.info.run_id
-    assert models() == ["READY"]
+    assert models_of(server, run) == ["READY"]
 
 
 def test_sync_that_is_killed_goes_on_where_it_was(server: Server, proxy: Proxy, tmp_path: Path) -> None:
