@@ -79,7 +79,7 @@ def localization_grid(
     the model did not select are striped. A map is named after its model where there are several.
     """
     side, seam, gap = 1.26, 0.04, 0.2  # inches: of a map, between models, between attributes and at the edges
-    above, below = 0.32, 0.4  # for titles, for names
+    above, below = 0.36, 0.4  # for titles, for names
     models = len(panels[0][0][1])
     pitch, wide = above + side + below, models * (side + seam) - seam
     width, height = gap + (side + gap) + len(panels[0]) * (wide + gap), pitch * len(images)
@@ -97,8 +97,8 @@ def localization_grid(
         for number, (attribute, shown) in enumerate(attributes):
             left = gap + (side + gap) + number * (wide + gap)
             title = _wrap(readable(attribute.removeprefix("has_")), 19 * models)
-            middle, bottom = (left + wide / 2) / width, 1 - (row * pitch + above - 0.05) / height
-            figure.text(middle, bottom, title, ha="center", va="bottom", fontsize=8.5, linespacing=0.95)
+            middle, bottom = (left + wide / 2) / width, 1 - (row * pitch + above - 0.08) / height
+            figure.text(middle, bottom, title, ha="center", va="baseline", fontsize=8.5, linespacing=0.95)
             for k, panel in enumerate(shown):
                 _draw_map(place(left + k * (side + seam), row, panel.model if models > 1 else ""), panel)
     return figure
