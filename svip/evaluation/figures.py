@@ -96,14 +96,12 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
 def validation_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Validation T1, U, S and H (percent) by epoch, with a dot at the epoch of the best H of the phase ``select``."""
     figure, axes = _figure(4.9, 3.4)
-    _draw_history(axes, history, ACCURACIES, bottom=0)
     epochs, best = _series(history, "select", "val/H")
     if best:
         top = int(np.argmax(best))
-        axes.plot(epochs[top], best[top], "o", color=PALETTE["accent"], markersize=6, clip_on=False)
-        axes.annotate(
-            f"best H {best[top]:.1f}", (epochs[top], best[top]), (0, 8), textcoords="offset points", ha="center"
-        )
+        dot: dict[str, Any] = {"color": PALETTE["accent"], "markersize": 6, "clip_on": False, "zorder": 3}
+        axes.plot(epochs[top], best[top], "o", label=f"best H {best[top]:.1f}", **dot)
+    _draw_history(axes, history, ACCURACIES, bottom=0)
     axes.set_ylabel("validation accuracy, %")
     return figure
 
@@ -297,7 +295,9 @@ def _draw_history(
     if len(drawn) == 2:
         for phase in drawn:
             axes.plot([], [], color=PALETTE["muted"], linestyle=PHASES[phase], label=f"{phase} phase")
-        _legend_above(axes.get_figure(root=True), 2)
+    named, _ = axes.get_legend_handles_labels()
+    if named:
+        _legend_above(axes.get_figure(root=True), len(named))
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     if axes.dataLim.width == 0:  # a single epoch
@@ -343,5 +343,5 @@ def _finite(row: Mapping[str, Any], *keys: str) -> bool:
     return all(row.get(key) is not None and np.isfinite(row[key]) for key in keys)
 
 
-def _shorten(name: str, length: int = 26) -> str:
+def _shorten(name: str, length: int = 32) -> str:
     return name if len(name) <= length else name[: length - 1].rstrip() + "…"

@@ -173,7 +173,7 @@ def _attributes(models: list[Trained], bundle: Bundle) -> Iterator[Captioned]:
         "attributes",
         "Figure 7. Predicted attributes of unseen classes",
         f"t-SNE (cosine distance, as in Eq. 11) of the attributes predicted for {len(rows)} test images of "
-        f"{len(classes)} unseen classes; a colour and marker a class. The silhouette score is that of the predicted "
+        f"{len(classes)} unseen classes; a color and marker a class. The silhouette score is that of the predicted "
         "vectors themselves, not of the picture: 1 where each class is a point, 0 where they overlap.",
         paper_figures.attribute_clusters(panels, labels, [bundle.class_names[label] for label in classes]),
     )

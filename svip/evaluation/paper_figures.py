@@ -76,30 +76,31 @@ def localization_grid(
 
     images: (class name, uint8 [S, S, 3]) a row. panels: for each row (attribute name, one panel a model). Orange is
     high, scaled within each map over the groups that are read; the frame marks the highest of them. The groups that
-    the model did not select are striped.
+    the model did not select are striped. A map is named after its model where there are several.
     """
-    side, gap, above, below = 1.3, 0.16, 0.32, 0.36  # inches: of a map, between attributes, for titles, for names
+    side, seam, gap = 1.26, 0.04, 0.2  # inches: of a map, between models, between attributes and at the edges
+    above, below = 0.36, 0.4  # for titles, for names
     models = len(panels[0][0][1])
-    pitch, wide = above + side + below, models * side + gap
-    width, height = side + gap + len(panels[0]) * wide, pitch * len(images)
+    pitch, wide = above + side + below, models * (side + seam) - seam
+    width, height = gap + (side + gap) + len(panels[0]) * (wide + gap), pitch * len(images)
     figure = blank(width, height, layout=None)
 
     def place(left: float, row: int, name: str) -> Axes:
         top = row * pitch + above
-        axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width * 0.97, side / height))
+        axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
         axes.text(0.5, -0.04, _wrap(name, 20), transform=axes.transAxes, ha="center", va="top", fontsize=7.5)
         axes.set_axis_off()
         return axes
 
     for row, ((name, image), attributes) in enumerate(zip(images, panels, strict=True)):
-        place(0, row, readable(name)).imshow(image)
+        place(gap, row, readable(name)).imshow(image)
         for number, (attribute, shown) in enumerate(attributes):
-            left = side + gap + number * wide
+            left = gap + (side + gap) + number * (wide + gap)
             title = _wrap(readable(attribute.removeprefix("has_")), 19 * models)
-            middle, bottom = (left + models * side / 2) / width, 1 - (row * pitch + above - 0.05) / height
-            figure.text(middle, bottom, title, ha="center", va="bottom", fontsize=8.5, linespacing=0.95)
+            middle, bottom = (left + wide / 2) / width, 1 - (row * pitch + above - 0.08) / height
+            figure.text(middle, bottom, title, ha="center", va="baseline", fontsize=8.5, linespacing=0.95)
             for k, panel in enumerate(shown):
-                _draw_map(place(left + k * side, row, panel.model), panel)
+                _draw_map(place(left + k * (side + seam), row, panel.model if models > 1 else ""), panel)
     return figure
 
 

@@ -61,6 +61,17 @@ def test_localization_has_a_panel_for_each_model_and_attribute_and_stripes_only_
     assert [axes.texts[0].get_text() for axes in figure.axes[:3]] == ["Black bird", "Baseline", "SVIP"]
 
 
+@pytest.mark.parametrize("models", [1, 2])
+def test_localization_names_a_map_only_beside_another_models_and_has_even_margins(models: int) -> None:
+    maps = [panel(f"model {k}", np.eye(4), np.ones((4, 4))) for k in range(models)]
+    figure = drawn(paper_figures.localization_grid([("wren", PHOTO)], [[("a", maps), ("b", maps)]]))
+    names = [f"model {k}" for k in range(models)] if models > 1 else [""]
+    assert [axes.texts[0].get_text() for axes in figure.axes] == ["wren", *names, *names]
+    photo, last = figure.axes[0].get_window_extent(), figure.axes[-1].get_window_extent()
+    assert photo.x0 == pytest.approx(figure.bbox.x1 - last.x1)
+    assert photo.x0 > 0.1 * figure.dpi  # a tenth of an inch
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_the_frame_is_at_the_highest_selected_group_although_another_is_higher(dropped: bool) -> None:
     values, selected = np.zeros((2, 4)), np.ones((2, 4))

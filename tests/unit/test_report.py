@@ -252,6 +252,26 @@ def test_717_classes_stay_readable_and_the_page_small(tmp_path: Path) -> None:
     assert sum(row[1:2] == ["unseen"] for row in page.rows) == 72
 
 
+def test_the_best_h_is_named_above_the_lines_and_marked_at_its_epoch() -> None:
+    rising = [{**row, "val/H": 2.5 * epoch} for epoch, row in enumerate(HISTORY[:20])]
+    figure = figures.validation_curves(rising)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (dot,) = (line for line in axes.lines if line.get_label() == "best H 47.5")
+    assert [(float(x), float(y)) for x, y in np.asarray(dot.get_xydata())] == [(19.0, 47.5)]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["best H 47.5"]
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
+    assert all(text.get_window_extent().x0 > axes.get_window_extent().x1 for text in axes.texts)
+
+
+def test_a_class_name_as_long_as_the_embedded_data_sets_is_shown_whole() -> None:
+    table = class_table(1, 2).assign(role="unseen")
+    table["class"] = ["Emerald-winged Violet Spiketail", "b" * 33, "c" * 32]
+    names = {text.get_text() for text in figures.class_bars(table, "unseen").axes[0].get_yticklabels()}
+    assert names == {"Emerald-winged Violet Spiketail", "b" * 31 + "…", "c" * 32}
+
+
 def test_a_table_without_its_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"curve: lacks the columns \['unseen'\]"):
         write_report(tmp_path, metrics=METRICS, curve=pd.DataFrame({"gamma": [0.0], "seen": [1.0]}))
