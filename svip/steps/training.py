@@ -130,8 +130,8 @@ def _train(
         place.fetch()
         if (directory / "model.json").is_file() and "imported" in read_info(directory):
             raise CheckpointError(f"{directory} holds an imported checkpoint; train into another --out")
-        check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
-        return record.read_text().strip() if record.exists() else None
+        same = check_resumable(config, data, embedding.vectors, directory)
+        return record.read_text().strip() if same and record.exists() else None
 
     made = made_of(config, preset, run)
     tags = {"step": "train", **lineage_tags(config, data, bundle), **named(config, run, made)}

@@ -240,6 +240,20 @@ def test_a_refused_resume_leaves_the_run_of_what_is_there_alone(
     assert after.info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("mistake", ["model.backbone=vit_tinny", "optim.drop_last=true"])
+def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(
+    inputs: Inputs, store: str, tmp_path: Path, mistake: str
+) -> None:
+    out, client = tmp_path / "run", MlflowClient(store)
+    with pytest.raises(ValueError, match=mistake.partition("=")[0]):
+        steps.train(*inputs.arguments(out, mistake, "optim.batch_size=99"))
+    failed = client.get_run((out / "run_id").read_text())
+    run = client.get_run(steps.train(*inputs.arguments(out, "optim.epochs=1", "train.select=false"))["run_id"])
+    assert (failed.info.status, run.info.status) == ("FAILED", "FINISHED")
+    assert run.data.params["optim.batch_size"] != "99"
+    assert not [tag for tag in run.data.tags if tag.startswith("resumed.")]
+
+
 def test_other_word_vectors_are_refused_in_the_middle_of_a_training(
     inputs: Inputs, whole: Path, tmp_path: Path
 ) -> None:
