@@ -8,16 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from svip.config import ConfigError, ModelConfig
+from svip.models.weights import NO_FILE, stored_names
 
 AttentionHook = Callable[[Tensor, Tensor, float], None]
 """Called in every block, in order, with queries and keys [B, h, T, d] and the scale of their products."""
@@ -73,8 +72,8 @@ class Backbone(nn.Module):
 
 
 def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
-    local = config.weights not in ("timm", "none")
-    stored = _tensor_names(config.weights) if local else set()
+    local = config.weights not in NO_FILE
+    stored = stored_names(config.weights)
     name = config.backbone.split(".")[0]
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
@@ -105,19 +104,6 @@ def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
             "expected timm's keys"
         )
     return vit
-
-
-def _tensor_names(path: str) -> set[str]:
-    """What a file of weights holds; only its header is read."""
-    if not Path(path).is_file():
-        raise ConfigError(f"model.weights: no file {path}; expected 'timm', 'none' or a .safetensors file")
-    if not path.endswith(".safetensors"):
-        raise ConfigError(f"model.weights: {path} is not a .safetensors file; convert it (pickles are not read)")
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-    except SafetensorError as error:
-        raise ConfigError(f"model.weights: {path} cannot be read as safetensors: {error}") from error
 
 
 @contextmanager

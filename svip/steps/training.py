@@ -14,6 +14,7 @@ from svip.changes import run_name
 from svip.config import Config, flatten, load_config
 from svip.data import s3
 from svip.evaluation.charts import training_charts
+from svip.models.weights import stored_names
 from svip.steps.inputs import open_inputs
 from svip.steps.provenance import lineage_tags, record_lineage
 from svip.steps.runs import MADE_OF, experiment_of, made_of, named
@@ -128,7 +129,9 @@ def _train(
 
     def fetched() -> str | None:
         place.fetch()
-        if (directory / "model.json").is_file() and "imported" in read_info(directory):
+        if not (directory / "model.json").is_file():
+            stored_names(config.model.weights)
+        elif "imported" in read_info(directory):
             raise CheckpointError(f"{directory} holds an imported checkpoint; train into another --out")
         same = check_resumable(config, data, embedding.vectors, directory)
         return record.read_text().strip() if same and record.exists() else None

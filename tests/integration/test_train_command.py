@@ -254,6 +254,12 @@ def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(
     assert not [tag for tag in run.data.tags if tag.startswith("resumed.")]
 
 
+def test_weights_that_are_not_there_are_named_before_anything_is_written(inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.weights: no file no\.safetensors"):
+        steps.train(*inputs.arguments(tmp_path / "run", "model.weights=no.safetensors"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_word_vectors_are_refused_in_the_middle_of_a_training(
     inputs: Inputs, whole: Path, tmp_path: Path
 ) -> None:
