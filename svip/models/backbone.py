@@ -91,6 +91,11 @@ def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
         )
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"model.backbone: timm cannot build {config.backbone} at {image_size} px: {error}") from error
+    except OSError as error:  # of the Hub's client
+        raise OSError(
+            f"the weights of {config.backbone} can't be downloaded; give a file with timm's keys "
+            f"(model.weights=FILE.safetensors), or begin at random (model.weights=none). {' '.join(str(error).split())}"
+        ) from error
     if (
         not isinstance(vit, VisionTransformer)
         or vit.cls_token is None
