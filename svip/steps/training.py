@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from svip.steps.inputs import open_inputs
 from svip.steps.provenance import lineage_tags, record_lineage
 from svip.steps.runs import MADE_OF, experiment_of, made_of, named
 from svip.training import distributed
-from svip.training.checkpoint import CheckpointError, read_info, write_json
+from svip.training.checkpoint import CheckpointError, can_go_on, goes_on, read_info, write_json
 from svip.training.launch import asked, launch, processes_for
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
@@ -73,11 +74,28 @@ def train(
                 trainjob.run(trainjob.Training(bundle, vectors, place.address, rest, config), nodes, processes)
             else:
                 files = [f"--bundle={bundle}", f"--vectors={vectors}", f"--out={place.address}"]
-                # where training is kept is what --out says by now
-                launch(["train", *files, *rest], processes, {"SVIP_WORK": ""})
+                with _saying_what_is_kept(place, config):
+                    # where training is kept is what --out says by now
+                    launch(["train", *files, *rest], processes, {"SVIP_WORK": ""})
         else:
-            _train(config, bundle, vectors, place, preset, parent_run_id, run, log_model)
+            with _saying_what_is_kept(place, config):
+                _train(config, bundle, vectors, place, preset, parent_run_id, run, log_model)
         return distributed.on_main(lambda: _result(place, out, elsewhere=address != out))
+
+
+@contextmanager
+def _saying_what_is_kept(place: Place, config: Config) -> Iterator[None]:
+    """Within it a training that is stopped says how the same command would go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if distributed.speaks():
+            if can_go_on(place.folder):
+                log.warning("stopped; the same command goes on %s", goes_on(place.folder))
+            else:
+                hint = "" if config.train.checkpoint_steps else " (train.checkpoint_steps=10 keeps more)"
+                log.warning("stopped before the first checkpoint; the same command begins anew%s", hint)
+        raise
 
 
 def _address(config: Config, out: str, parent_run_id: str, run: str, resume: bool) -> str:

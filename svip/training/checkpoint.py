@@ -192,6 +192,18 @@ def can_go_on(directory: Path) -> bool:
     return any((directory / name).exists() for name in GOES_ON_FROM)
 
 
+def goes_on(directory: Path) -> str:
+    """Where a training that ``can_go_on`` does so, in words."""
+    if (directory / "model.json").exists():
+        return "with what follows the training"
+    for phase in ("final", "select"):
+        state = directory / phase / "state.pt"
+        if state.exists():
+            progress = torch.load(state, mmap=True, weights_only=True)["progress"]
+            return f"in phase {phase} after epoch {progress['epoch']}, step {progress['batch']}"
+    return "with phase final"
+
+
 def check_resumable(directory: Path, config: Config) -> bool:
     """Whether this configuration was begun in the folder (the device and the like may differ).
 

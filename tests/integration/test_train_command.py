@@ -254,6 +254,37 @@ def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(
     assert not [tag for tag in run.data.tags if tag.startswith("resumed.")]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "stopped_at", "said"),
+    [
+        (["train.checkpoint_steps=0"], 3, "begins anew (train.checkpoint_steps=10 keeps more)"),
+        ([], 2, "stopped before the first checkpoint; the same command begins anew"),
+        ([], STEPS + 4, "stopped; the same command goes on in phase select after epoch 1, step 2"),
+    ],
+)
+def test_a_training_that_is_stopped_says_what_it_has_kept(
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    overrides: list[str],
+    stopped_at: int,
+    said: str,
+) -> None:
+    """As by Ctrl-C within a step; the checkpoints are of every second one."""
+    step, count = loop.train_step, iter(range(1, 1000))
+
+    def stopping_step(*arguments: Any) -> dict[str, float]:
+        if next(count) == stopped_at:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", stopping_step)
+    with pytest.raises(KeyboardInterrupt):
+        steps.train(*inputs.arguments(tmp_path / "run", *overrides))
+    assert caplog.messages[-1].endswith(said)
+
+
 def test_weights_that_are_not_there_are_named_before_anything_is_written(inputs: Inputs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.weights: no file no\.safetensors"):
         steps.train(*inputs.arguments(tmp_path / "run", "model.weights=no.safetensors"))
