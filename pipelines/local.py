@@ -19,6 +19,7 @@ from pipelines.catalog import RESULTS, PipelineError, find_pipeline
 from pipelines.steplog import StepLog
 from svip.config import Config, load_config
 from svip.data.transfer import locked
+from svip.models.weights import stored_names
 from svip.tracking import close_run, tracking_uri
 from svip.tuning.space import load_space
 
@@ -54,6 +55,7 @@ def run(name: str, preset: str, overrides: list[str], out: Path, runner: str = "
         return
     if "space" in inputs:
         load_space(parameters.get("space", ""), preset, overrides)
+    stored_names(config.model.weights)
     out = out.absolute()
     with locked(out, inside=True, wait=False):
         (out / "work").mkdir(parents=True, exist_ok=True)

@@ -220,6 +220,8 @@ def predict(
 ) -> None:
     """Say what is on photos, of known classes or of new ones, and which attributes and patches decided."""
     if template is not None:
+        if images:
+            raise typer.BadParameter("writes a CSV alone; leave out the images", param_hint="--template")
         check_there(checkpoint=checkpoint)
         from svip.predict import write_template
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from svip.config import ConfigError, ModelConfig
+from svip.models.weights import NO_FILE, stored_names
 
 AttentionHook = Callable[[Tensor, Tensor, float], None]
 """Called in every block, in order, with queries and keys [B, h, T, d] and the scale of their products."""
@@ -73,8 +72,8 @@ class Backbone(nn.Module):
 
 
 def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
-    local = config.weights not in ("timm", "none")
-    stored = _tensor_names(config.weights) if local else set()
+    local = config.weights not in NO_FILE
+    stored = stored_names(config.weights)
     name = config.backbone.split(".")[0]
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
@@ -92,6 +91,11 @@ def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
         )
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"model.backbone: timm cannot build {config.backbone} at {image_size} px: {error}") from error
+    except OSError as error:  # of the Hub's client
+        raise OSError(
+            f"the weights of {config.backbone} can't be downloaded; give a file with timm's keys "
+            f"(model.weights=FILE.safetensors), or begin at random (model.weights=none). {' '.join(str(error).split())}"
+        ) from error
     if (
         not isinstance(vit, VisionTransformer)
         or vit.cls_token is None
@@ -105,19 +109,6 @@ def _create(config: ModelConfig, image_size: int) -> VisionTransformer:
             "expected timm's keys"
         )
     return vit
-
-
-def _tensor_names(path: str) -> set[str]:
-    """What a file of weights holds; only its header is read."""
-    if not Path(path).is_file():
-        raise ConfigError(f"model.weights: no file {path}; expected 'timm', 'none' or a .safetensors file")
-    if not path.endswith(".safetensors"):
-        raise ConfigError(f"model.weights: {path} is not a .safetensors file; convert it (pickles are not read)")
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-    except SafetensorError as error:
-        raise ConfigError(f"model.weights: {path} cannot be read as safetensors: {error}") from error
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from svip.changes import run_name
 from svip.config import Config, flatten, load_config
 from svip.data import s3
 from svip.evaluation.charts import training_charts
+from svip.models.weights import stored_names
 from svip.steps.inputs import open_inputs
 from svip.steps.provenance import lineage_tags, record_lineage
 from svip.steps.runs import MADE_OF, experiment_of, made_of, named
 from svip.training import distributed
-from svip.training.checkpoint import CheckpointError, read_info, write_json
+from svip.training.checkpoint import CheckpointError, can_go_on, goes_on, read_info, write_json
 from svip.training.launch import asked, launch, processes_for
 from svip.training.loop import check_resumable
 from svip.training.loop import train as train_model
@@ -72,11 +74,28 @@ def train(
                 trainjob.run(trainjob.Training(bundle, vectors, place.address, rest, config), nodes, processes)
             else:
                 files = [f"--bundle={bundle}", f"--vectors={vectors}", f"--out={place.address}"]
-                # where training is kept is what --out says by now
-                launch(["train", *files, *rest], processes, {"SVIP_WORK": ""})
+                with _saying_what_is_kept(place, config):
+                    # where training is kept is what --out says by now
+                    launch(["train", *files, *rest], processes, {"SVIP_WORK": ""})
         else:
-            _train(config, bundle, vectors, place, preset, parent_run_id, run, log_model)
+            with _saying_what_is_kept(place, config):
+                _train(config, bundle, vectors, place, preset, parent_run_id, run, log_model)
         return distributed.on_main(lambda: _result(place, out, elsewhere=address != out))
+
+
+@contextmanager
+def _saying_what_is_kept(place: Place, config: Config) -> Iterator[None]:
+    """Within it a training that is stopped says how the same command would go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if distributed.speaks():
+            if can_go_on(place.folder):
+                log.warning("stopped; the same command goes on %s", goes_on(place.folder))
+            else:
+                hint = "" if config.train.checkpoint_steps else " (train.checkpoint_steps=10 keeps more)"
+                log.warning("stopped before the first checkpoint; the same command begins anew%s", hint)
+        raise
 
 
 def _address(config: Config, out: str, parent_run_id: str, run: str, resume: bool) -> str:
@@ -128,10 +147,12 @@ def _train(
 
     def fetched() -> str | None:
         place.fetch()
-        if (directory / "model.json").is_file() and "imported" in read_info(directory):
+        if not (directory / "model.json").is_file():
+            stored_names(config.model.weights)
+        elif "imported" in read_info(directory):
             raise CheckpointError(f"{directory} holds an imported checkpoint; train into another --out")
-        check_resumable(config, data, embedding.vectors, directory)  # before the run of what is there is reopened
-        return record.read_text().strip() if record.exists() else None
+        same = check_resumable(config, data, embedding.vectors, directory)
+        return record.read_text().strip() if same and record.exists() else None
 
     made = made_of(config, preset, run)
     tags = {"step": "train", **lineage_tags(config, data, bundle), **named(config, run, made)}

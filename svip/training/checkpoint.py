@@ -29,6 +29,10 @@ AFTER_TRAINING = ("evaluation.", "train.device", "train.workers")
 """Beginnings of the keys that may be others when a checkpoint is evaluated: those that an evaluation looks at."""
 
 
+GOES_ON_FROM = ("model.json", "final/state.pt", "select/history.json", "select/state.pt")
+"""Files of which a training that can be gone on with has at least one."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message names the file and what to do."""
 
@@ -183,16 +187,37 @@ def write_config(directory: Path, config: Config) -> None:
     write_text(directory / "config.yaml", to_yaml(config))
 
 
-def check_resumable(directory: Path, config: Config) -> None:
-    """Refuse to go on in a folder where another configuration has run (the device and the like may differ)."""
+def can_go_on(directory: Path) -> bool:
+    """Whether the folder holds a checkpoint; a training that ended before its first has left nothing to lose."""
+    return any((directory / name).exists() for name in GOES_ON_FROM)
+
+
+def goes_on(directory: Path) -> str:
+    """Where a training that ``can_go_on`` does so, in words."""
+    if (directory / "model.json").exists():
+        return "with what follows the training"
+    for phase in ("final", "select"):
+        state = directory / phase / "state.pt"
+        if state.exists():
+            progress = torch.load(state, mmap=True, weights_only=True)["progress"]
+            return f"in phase {phase} after epoch {progress['epoch']}, step {progress['batch']}"
+    return "with phase final"
+
+
+def check_resumable(directory: Path, config: Config) -> bool:
+    """Whether this configuration was begun in the folder (the device and the like may differ).
+
+    CheckpointError where another one was, and has left a checkpoint.
+    """
     saved = directory / "config.yaml"
     if not saved.exists():
-        return
+        return False
     before, now = flatten(from_yaml(saved)), flatten(config)
     compared = [key for key in now if not key.startswith(NOT_OF_TRAINING)]
     changed = [f"{key}: {before[key]} -> {now[key]}" for key in compared if before[key] != now[key]]
-    if changed:
+    if changed and can_go_on(directory):
         raise CheckpointError(
             f"{directory} was begun with another configuration ({'; '.join(changed)}); "
             "use the same one to resume, or another --out"
         )
+    return not changed

@@ -433,18 +433,23 @@ def _remove_leftovers(out: Path) -> None:
         (out / "final" / name).unlink(missing_ok=True)
 
 
-def check_resumable(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path) -> None:
-    """Raise CheckpointError where ``out`` was begun with another configuration, bundle or word vectors."""
-    checkpoint.check_resumable(out, config)
+def check_resumable(config: Config, bundle: Bundle, words: NDArray[np.float32], out: Path) -> bool:
+    """Whether ``out`` was begun with this configuration, bundle and word vectors.
+
+    CheckpointError where it was with others, and there is a checkpoint.
+    """
+    same = checkpoint.check_resumable(out, config)
     record = out / "bundle.sha256"
     before = record.read_text().split() if record.exists() else []
     # older folders hold the bundle's digest only
     for name, old, now in zip(("another bundle", "other word vectors"), before, _digests(bundle, words), strict=False):
-        if old != now:
+        if old != now and checkpoint.can_go_on(out):
             raise checkpoint.CheckpointError(
                 f"{out} was begun with {name} (sha256 {old[:12]}, now {now[:12]}); use the same to resume, "
                 "or another --out"
             )
+        same = same and old == now
+    return same
 
 
 def _digests(bundle: Bundle, words: NDArray[np.float32]) -> tuple[str, str]:

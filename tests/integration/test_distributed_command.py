@@ -140,6 +140,7 @@ def test_a_stopped_training_stops_its_processes_keeps_its_state_and_goes_on(
     _, log = process.communicate(timeout=60)
     # A generator that the signal comes into as it is being closed says that it ignores the exception.
     assert process.returncode != 0 and "Traceback" not in re.sub("Exception ignored in: .*\nTraceback", "", log)
+    assert log.count("stopped; the same command goes on in phase final after epoch ") == 1
     assert len(children) == 2 and not any(Path(f"/proc/{child}").exists() for child in children)
     client, run_id = MlflowClient(store), (out / "run_id").read_text()
     assert client.get_run(run_id).info.status == "KILLED"

@@ -240,6 +240,57 @@ def test_a_refused_resume_leaves_the_run_of_what_is_there_alone(
     assert after.info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("mistake", ["model.backbone=vit_tinny", "optim.drop_last=true"])
+def test_a_start_that_failed_leaves_its_folder_to_the_corrected_command(
+    inputs: Inputs, store: str, tmp_path: Path, mistake: str
+) -> None:
+    out, client = tmp_path / "run", MlflowClient(store)
+    with pytest.raises(ValueError, match=mistake.partition("=")[0]):
+        steps.train(*inputs.arguments(out, mistake, "optim.batch_size=99"))
+    failed = client.get_run((out / "run_id").read_text())
+    run = client.get_run(steps.train(*inputs.arguments(out, "optim.epochs=1", "train.select=false"))["run_id"])
+    assert (failed.info.status, run.info.status) == ("FAILED", "FINISHED")
+    assert run.data.params["optim.batch_size"] != "99"
+    assert not [tag for tag in run.data.tags if tag.startswith("resumed.")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stopped_at", "said"),
+    [
+        (["train.checkpoint_steps=0"], 3, "begins anew (train.checkpoint_steps=10 keeps more)"),
+        ([], 2, "stopped before the first checkpoint; the same command begins anew"),
+        ([], STEPS + 4, "stopped; the same command goes on in phase select after epoch 1, step 2"),
+    ],
+)
+def test_a_training_that_is_stopped_says_what_it_has_kept(
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    overrides: list[str],
+    stopped_at: int,
+    said: str,
+) -> None:
+    """As by Ctrl-C within a step; the checkpoints are of every second one."""
+    step, count = loop.train_step, iter(range(1, 1000))
+
+    def stopping_step(*arguments: Any) -> dict[str, float]:
+        if next(count) == stopped_at:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", stopping_step)
+    with pytest.raises(KeyboardInterrupt):
+        steps.train(*inputs.arguments(tmp_path / "run", *overrides))
+    assert caplog.messages[-1].endswith(said)
+
+
+def test_weights_that_are_not_there_are_named_before_anything_is_written(inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.weights: no file no\.safetensors"):
+        steps.train(*inputs.arguments(tmp_path / "run", "model.weights=no.safetensors"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_word_vectors_are_refused_in_the_middle_of_a_training(
     inputs: Inputs, whole: Path, tmp_path: Path
 ) -> None:

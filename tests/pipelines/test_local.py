@@ -282,13 +282,14 @@ def test_a_tuning_is_another_one_with_another_space_and_the_same_with_other_work
         ("ablation", {"seeds": -1}, "seeds=-1: expected at least 1"),
         ("tuning", {"space": "papper"}, "unknown search space 'papper'; did you mean 'paper'"),
         ("tuning", {"space": "none.yaml"}, "search space none.yaml does not exist"),
+        ("experiment", {"overrides": ["model.weights=no.safetensors"]}, r"model\.weights: no file no\.safetensors"),
     ],
 )
 def test_what_is_mistyped_is_told_before_anything_starts(
     tmp_path: Path, pipeline: str, parameters: dict[str, Any], said: str
 ) -> None:
     with pytest.raises((PipelineError, ValueError), match=said):
-        local.run(pipeline, "smoke", [], tmp_path / "out", **parameters)
+        local.run(pipeline, "smoke", out=tmp_path / "out", **{"overrides": [], **parameters})
     assert not (tmp_path / "out").exists()
 
 

@@ -199,6 +199,15 @@ def test_unusable_weights_are_named(tmp_path: Path) -> None:
             tiny(weights=str(tmp_path / name))
 
 
+def test_weights_that_cannot_be_downloaded_say_what_else_there_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=r"weights=FILE\.safetensors\), or .*weights=none"):
+        Backbone(ModelConfig(backbone="vit_tiny_patch16_224", weights="timm"), 224)
+
+
 def test_weights_of_a_shallower_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model.weights: .* lacks 12 tensors .* such as blocks.2."):
         tiny(arguments={"depth": 3}, weights=stored(tiny(), tmp_path))

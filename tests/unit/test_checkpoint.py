@@ -184,13 +184,22 @@ def test_loading_says_what_is_missing_or_does_not_fit(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def with_state(folder: Path) -> Path:
+    (folder / "select").mkdir()
+    (folder / "select" / "state.pt").touch()
+    return folder
+
+
 def test_every_key_that_differs_is_named_and_only_those(tmp_path: Path) -> None:
     before = load_config("smoke", ["optim.epochs=5", "train.seed=3"])
-    checkpoint.check_resumable(tmp_path, before)  # nothing there yet
+    other = load_config("smoke", ["optim.epochs=6", "model.sigma=9"])
+    assert not checkpoint.check_resumable(tmp_path, before), "nothing there yet"
     checkpoint.write_config(tmp_path, before)
-    checkpoint.check_resumable(tmp_path, before)
+    assert checkpoint.check_resumable(tmp_path, before)
+    assert not checkpoint.check_resumable(tmp_path, other), "another one, which has left nothing to lose"
+    with_state(tmp_path)
     with pytest.raises(CheckpointError) as refused:
-        checkpoint.check_resumable(tmp_path, load_config("smoke", ["optim.epochs=6", "model.sigma=9"]))
+        checkpoint.check_resumable(tmp_path, other)
     message = str(refused.value)
     keys = message.split("configuration (")[1].split(");")[0]
     assert sorted(part.split(":")[0] for part in keys.split("; ")) == ["model.sigma", "optim.epochs", "train.seed"]
@@ -210,14 +219,14 @@ def test_every_key_that_differs_is_named_and_only_those(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_change_the_weights_may_change(tmp_path: Path, change: str) -> None:
-    checkpoint.write_config(tmp_path, load_config("smoke"))
-    checkpoint.check_resumable(tmp_path, load_config("smoke", [change]))
+    checkpoint.write_config(with_state(tmp_path), load_config("smoke"))
+    assert checkpoint.check_resumable(tmp_path, load_config("smoke", [change]))
 
 
 @pytest.mark.parametrize(
     "change", ["train.precision=bf16", "train.select=false", "data.seed=1", "semantics.pooling=sum"]
 )
 def test_what_changes_the_weights_may_not(tmp_path: Path, change: str) -> None:
-    checkpoint.write_config(tmp_path, load_config("smoke"))
+    checkpoint.write_config(with_state(tmp_path), load_config("smoke"))
     with pytest.raises(CheckpointError, match=change.partition("=")[0].replace(".", r"\.")):
         checkpoint.check_resumable(tmp_path, load_config("smoke", [change]))

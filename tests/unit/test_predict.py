@@ -338,6 +338,8 @@ def test_a_template_holds_the_columns_and_overwrites_nothing(folder: Path, photo
     assert file.read_text() == HEADER
     with pytest.raises(FileExistsError, match="is there already"):
         write_template(folder, file)
+    done = CliRunner().invoke(cli.app, ["predict", str(photos[0]), "--checkpoint", str(folder), "--template", "x.csv"])
+    assert done.exit_code == 2 and "leave out the images" in done.output
     file.write_text(HEADER + "owl,1,0,1,0\n")
     arguments = ["predict", str(photos[0]), "--checkpoint", str(folder), "--classes", str(file), "--json"]
     told = CliRunner().invoke(cli.app, arguments)
