@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 
 class ConfigError(ValueError):
@@ -284,6 +284,8 @@ AT_LEAST: dict[str, float] = {
     "evaluation.batch_size": 1,
 }
 PROTOCOLS = ("validation", "none", "oracle", "published")
+EXPECTED: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+EXPECTED |= {list: "a list, such as [none,oracle]", dict: "a mapping, such as {depth: 2}"}
 
 
 def presets() -> list[str]:
@@ -315,15 +317,14 @@ def load_config(preset: str = "smoke", overrides: Sequence[str] = (), check: boo
         try:
             layers.append(OmegaConf.from_dotlist([override]))
         except Exception as error:  # YAML's errors again
-            raise ConfigError(
-                f"{key}: can't read {value!r} as YAML; put it in quotes, or close its brackets"
-            ) from error
+            raise ConfigError(f"{key}: can't read {value!r} as YAML; quote it, or close its brackets") from error
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        wanted = "; expected a list, such as [none,oracle]" if key == "evaluation.protocols" else ""
-        raise ConfigError(f"{key}: {str(error).splitlines()[0].rstrip('.')}{wanted}") from error
+    except ValidationError as error:
+        expected = EXPECTED.get(type(get_value(Config(), str(error.full_key))), "text")
+        raise ConfigError(f"{error.full_key}={error.value!r}: expected {expected}") from error
+    except OmegaConfBaseException as error:  # an interpolation
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0].rstrip('.')}") from error
     assert isinstance(config, Config)
     if check:
         validate(config)
@@ -351,10 +352,9 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key}={get_value(config, key)!r}: expected 0 <= value < 1")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.train.device):
         raise ConfigError(f"train.device={config.train.device!r}: expected one of auto, cpu, cuda, cuda:N")
-    if config.optim.head_epochs > config.optim.epochs:
-        raise ConfigError(
-            f"optim.head_epochs={config.optim.head_epochs} is more than optim.epochs={config.optim.epochs}"
-        )
+    head, epochs = config.optim.head_epochs, config.optim.epochs
+    if head > epochs:
+        raise ConfigError(f"optim.head_epochs={head} is more than optim.epochs={epochs}")
     if config.data.dataset != "synthetic" and 0 < config.data.store_size < config.data.image_size:
         raise ConfigError(f"data.store_size={config.data.store_size} is below data.image_size={config.data.image_size}")
     for protocol in config.evaluation.protocols:

@@ -106,7 +106,8 @@ def devices() -> list[Finding]:
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
         fix = "install PyTorch for CUDA (image: target cuda), or a driver that is new enough for it"
         return [Finding(group, "device", "problem", f"a GPU is here, PyTorch ({build}) can't use it", fix)]
-    return [Finding(group, "device", "ok", f"CPU, {torch.get_num_threads()} threads")]
+    threads = torch.get_num_threads()
+    return [Finding(group, "device", "ok", f"CPU, {threads} {'thread' if threads == 1 else 'threads'}")]
 
 
 def machine() -> list[Finding]:

@@ -82,7 +82,7 @@ def register(
         str, typer.Option(help="Name of the registered model.", show_default="svip- and the data set")
     ] = "",
 ) -> None:
-    """Register a tested model: as champion where its H is better than the champion's beyond its interval."""
+    """Register a tested model: the first as champion, another where its H is better beyond its interval."""
     tracking.check_tracked()
     from svip import steps
 

@@ -68,6 +68,6 @@ def tune(
         *(overrides or [], parent_run_id, name, max_errors, heartbeat, processes),
     )
     print(f"best: trial {result['trial']}, H {result['H']:.1f} on the validation classes")
-    print(f"      {' '.join(result['overrides'])}")
+    print(f"      {result['shown']}")
     print(f"page: {result['page']}")
     print(f"next: svip train -p {out / 'best.yaml'} --bundle {bundle} --vectors {vectors} --out {out / 'model'}")

@@ -59,7 +59,8 @@ def compare(
             f"none of the {len(tested)} evaluations has numbers of the protocol {protocol!r}; they have "
             f"{', '.join(there) or 'none at all'} (--protocol)"
         )
-    log.info("comparing %d evaluations", len(fitting))
+    count = f"{len(fitting)} {'run' if len(fitting) == 1 else 'runs'}"
+    log.info("comparing %s", count)
     with tempfile.TemporaryDirectory() as folder:
         entries = [_entry(run, protocol, Path(folder) / run.run_id) for run in fitting]
         comparison = run_comparison.compare(entries, protocol, sort)
@@ -73,7 +74,6 @@ def compare(
             f"No intervals, for want of a predictions.npz that says what is unseen: {', '.join(without)}."
         )
     experiments = ", ".join(dict.fromkeys(run.experiment for run in fitting))
-    count = f"{len(fitting)} {'run' if len(fitting) == 1 else 'runs'}"
     run_comparison.write_comparison(comparison, Path(out), f"{count} of {experiments}")
     return comparison
 

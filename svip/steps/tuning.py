@@ -22,7 +22,7 @@ from svip.tuning.dashboard import show_dashboard
 from svip.tuning.launch import run_workers
 from svip.tuning.objective import check_objective
 from svip.tuning.report import best_trial, write_report
-from svip.tuning.space import Parameter, Space, assignments, load_space, own_values
+from svip.tuning.space import Parameter, Space, assignments, load_space, own_values, shown
 from svip.tuning.storage import STORAGE, TuningError, storage_address
 from svip.tuning.study import PRUNERS, SAMPLERS, Settings, Study, create_study, open_study
 from svip.tuning.worker import Worker
@@ -53,7 +53,8 @@ def tune(
 
     ``storage``: a database's URL (else SVIP_TUNING_STORAGE, else ``out``/study.journal). ``name``: of the study.
     ``processes``: how many train one trial together (0: one for each of the worker's GPUs).
-    Returns ``trial``, ``H``, ``overrides`` (the best values) and ``page``. Raises SpaceError, TuningError, ConfigError.
+    Returns ``trial``, ``H``, ``overrides`` (the best values), these ``shown`` in short, and ``page``. Raises
+    SpaceError, TuningError, ConfigError.
     """
     directory, address = Path(out), storage_address(storage, Path(out))
     config, study = _plan(
@@ -308,6 +309,7 @@ def _result(study: Study, out: Path) -> dict[str, Any]:
         "trial": best.number,
         "H": float(best.value or 0),
         "overrides": assignments(best.params),
+        "shown": shown(best.params),
         "page": str(out / "tuning.html"),
     }
 

@@ -17,9 +17,9 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+from svip.tuning.space import shown
 from svip.tuning.storage import STORAGE, TuningError
 from svip.tuning.study import ENDED_WELL, Study
-from svip.tuning.worker import shown
 
 GRACE = 60.0
 """Seconds that stopped workers have to tell so."""

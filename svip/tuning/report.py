@@ -17,11 +17,13 @@ from svip.evaluation.figures import STYLE, to_svg
 from svip.evaluation.pages import render
 from svip.training.checkpoint import write_atomically, write_text
 from svip.tuning.plots import history_figure, importance_figure, importances, slice_figure
-from svip.tuning.space import Space, assignments
+from svip.tuning.space import Space, assignments, shown
 from svip.tuning.study import Study
 
 FILES = ("tuning.html", "best.yaml", "trials.csv", "history.png", "importance.png", "slice.png")
 """What write_report may write; the importance only where there are trials enough to tell it."""
+ENOUGH = 10
+"""Finished trials below which the page says that the importance means little."""
 HONEST = "Chosen on the validation classes; it says nothing yet of the test set."
 
 
@@ -43,11 +45,10 @@ def write_report(study: Study, space: Space, preset: str, base: Path, out: Path)
     written = [out / "trials.csv"]
     if best is None:
         return written
-    values = assignments(best.params)
     said = (
         f"# Trial {best.number} of study {study.name}, varying {preset}: H {best.value:.2f} on the validation classes."
     )
-    write_text(out / "best.yaml", f"{said}\n# {HONEST}\n{to_yaml(load_config(str(base), values))}")
+    write_text(out / "best.yaml", f"{said}\n# {HONEST}\n{to_yaml(load_config(str(base), assignments(best.params)))}")
     written.append(out / "best.yaml")
 
     figures: list[tuple[str, str, Figure]] = [
@@ -60,7 +61,11 @@ def write_report(study: Study, space: Space, preset: str, base: Path, out: Path)
     ]
     shares = importances(study.load())
     if shares:
-        figures.insert(1, ("importance", "How much of it each parameter explains.", importance_figure(shares)))
+        finished = sum(trial.state is TrialState.COMPLETE for trial in trials)
+        caption = "How much of it each parameter explains."
+        if finished < ENOUGH:
+            caption += f" Only {finished} trials have finished: so few say little of that."
+        figures.insert(1, ("importance", caption, importance_figure(shares)))
     for name, _, figure in figures:
         _save_png(figure, out / f"{name}.png")
         written.append(out / f"{name}.png")
@@ -68,7 +73,7 @@ def write_report(study: Study, space: Space, preset: str, base: Path, out: Path)
     page = render(
         "tuning",
         title=f"Tuning {preset}",
-        about=f"Best: trial {best.number}, H {best.value:.2f} with {' '.join(values)}. {HONEST}",
+        about=f"Best: trial {best.number}, H {best.value:.2f} with {shown(best.params)}. {HONEST}",
         figures=[(caption, Markup(to_svg(figure, name, caption))) for name, caption, figure in figures],
         header=["trial", "state", "H", "epochs", *(parameter.key for parameter in space)],
         rows=_rows(table, space),

@@ -135,6 +135,12 @@ def assignments(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
+def shown(values: Mapping[str, Any]) -> str:
+    """Parameters for people: the keys' last parts, and four digits."""
+    parts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
+    return " ".join(f"{key.rsplit('.', 1)[-1]}={part}" for key, part in zip(values, parts, strict=True))
+
+
 def own_values(space: Space, config: Config) -> dict[str, Any] | None:
     """The configuration's own values of the parameters; None where one is outside of its range."""
     values: dict[str, Any] = {}

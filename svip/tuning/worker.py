@@ -24,7 +24,7 @@ from svip.config import flatten, load_config
 from svip.data.bundle import Bundle
 from svip.training import distributed
 from svip.tuning.objective import OBJECTIVE, best_of, epochs_of, finish_folder
-from svip.tuning.space import Space, assignments, suggest
+from svip.tuning.space import Space, assignments, shown, suggest
 from svip.tuning.storage import TuningError
 from svip.tuning.study import DEATHS, Study
 from svip.tuning.team import SHARED, dismiss, follow, lead, one_is_gone, processes, wait
@@ -289,9 +289,3 @@ class Worker:
 def metrics_of(entry: dict[str, Any]) -> dict[str, float]:
     """An epoch's numbers that are tracked."""
     return {key: value for key, value in entry.items() if "/" in key}
-
-
-def shown(values: dict[str, Any]) -> str:
-    """Parameters for people: the keys' last parts, and four digits."""
-    parts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
-    return " ".join(f"{key.rsplit('.', 1)[-1]}={part}" for key, part in zip(values, parts, strict=True))

@@ -142,7 +142,7 @@ def test_config_prints_what_would_run_and_it_is_a_preset_itself(svip: Run, tmp_p
         (["config", "optim.lr"], "override 'optim.lr' is not of the form key=value, e.g. optim.lr=1e-5"),
         (["config", "evaluation.protocols=[none"], "can't read '[none' as YAML"),
         (["config", "-p", "[bold]smoke"], "unknown preset '[bold]smoke'; did you mean 'smoke'?"),
-        (["config", "data.fold=[/x]"], "data.fold: Value '['/x']'"),
+        (["config", "data.fold=[/x]"], "data.fold=['/x']: expected a whole number"),
         (
             ["train", "--bundle", ".", "--vectors", ".", "-o", "x", "optim.epochs=0"],
             "optim.epochs=0: expected at",

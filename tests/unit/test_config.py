@@ -268,22 +268,23 @@ def test_values_that_just_go_together_are_taken() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("optim.lr=abc", "'abc'"),
-        ("optim.lr=", "'float'"),
-        ("optim.epochs=1.5", "Integer"),
-        ("data.flip=maybe", "bool"),
-        ("data.root=[a]", "string"),
-        ("model.backbone_args=3", "Dict"),
-        ("evaluation.protocols=none", r"expected a list, such as \[none,oracle\]"),
-        ("evaluation.protocols=[none", r"can't read '\[none' as YAML"),
-        ("data.root=${nowhere}", "Interpolation key 'nowhere' not found"),
-        ("data.root=${open", "can't read"),
+        ("optim.lr=fast", "optim.lr='fast': expected a number"),
+        ("optim.lr=", "optim.lr=None: expected a number"),
+        ("optim.epochs=1.5", "optim.epochs=1.5: expected a whole number"),
+        ("data.flip=maybe", "data.flip='maybe': expected true or false"),
+        ("data.root=[a]", "data.root=['a']: expected text"),
+        ("model.backbone=[a]", "model.backbone=['a']: expected text"),
+        ("model.backbone_args=3", "model.backbone_args=3: expected a mapping, such as {depth: 2}"),
+        ("evaluation.protocols=none", "evaluation.protocols='none': expected a list, such as [none,oracle]"),
+        ("evaluation.protocols=[none", "evaluation.protocols: can't read '[none' as YAML"),
+        ("data.root=${nowhere}", "data.root: Interpolation key 'nowhere' not found"),
+        ("data.root=${open", "data.root: can't read"),
     ],
 )
-def test_a_value_of_a_wrong_type_is_refused_with_the_field(override: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as refused:
+def test_a_value_of_a_wrong_type_is_refused_with_the_field_and_what_was_expected(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
         load_config("smoke", [override])
-    assert str(refused.value).startswith(override.split("=")[0] + ": ")
+    assert str(refused.value).startswith(says)
     assert "\n" not in str(refused.value)
 
 
@@ -328,7 +329,7 @@ def test_an_empty_file_or_section_leaves_the_defaults(text: str, tmp_path: Path)
         ("optim: []\n", "own.yaml: expected a mapping of sections, found list"),
         ("optim:\n  lrr: 3\n", "own.yaml: unknown key 'optim.lrr'; did you mean 'optim.lr'"),
         ("optm:\n  lr: 3\n", "own.yaml: unknown key 'optm'; did you mean 'optim.lr'"),
-        ("optim:\n  lr: fast\n", "^optim.lr: .*'fast'"),
+        ("optim:\n  lr: fast\n", "^optim.lr='fast': expected a number"),
         ("optim:\n  epochs: 0\n", "^optim.epochs=0: expected at least 1"),
         ("optim: [\n", "own.yaml is not a readable YAML file"),
         ("optim: {lr: 1}\noptim: {lr: 2}\n", "own.yaml is not a readable YAML file: .*\n.*\n?.*duplicate key optim"),

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from svip.config import load_config, to_yaml
 from svip.tuning import launch, study
+from svip.tuning.report import write_report
+from svip.tuning.space import load_space
 from svip.tuning.storage import TuningError
 from svip.tuning.study import Settings, Study, create_study
 
@@ -141,3 +145,25 @@ def test_workers_share_processors_and_gpus(monkeypatch: pytest.MonkeyPatch) -> N
     assert [launch.share_of(number, 5)["CUDA_VISIBLE_DEVICES"] for number in range(5)] == ["0", "1", "2", "3", "0"]
     assert launch.share_of(0, 2)["OMP_NUM_THREADS"] == "4"
     assert "CUDA_VISIBLE_DEVICES" not in launch.share_of(0, 1), "a single worker has them all"
+
+
+def test_the_page_shows_four_digits_best_yaml_has_them_all_and_few_trials_are_said_to_tell_little(
+    tmp_path: Path,
+) -> None:
+    tuned, base, space_file = planned(tmp_path), tmp_path / "config.yaml", tmp_path / "space.yaml"
+    base.write_text(to_yaml(load_config("smoke")))
+    space_file.write_text("optim.lr: {low: 1.0e-5, high: 1.0e-2, log: true}\n")
+    space = load_space(str(space_file), "smoke")
+
+    def finish(rates: list[float]) -> str:
+        for rate in rates:
+            scale: dict[str, BaseDistribution] = {"optim.lr": FloatDistribution(1e-5, 1e-2)}
+            tuned.load().add_trial(create_trial(params={"optim.lr": rate}, distributions=scale, value=rate * 1e4))
+        write_report(tuned, space, "smoke", base, tmp_path)
+        return (tmp_path / "tuning.html").read_text()
+
+    page = finish([1e-4, 2e-4, 0.0032890123456789])
+    assert "with lr=0.003289. " in page and "0.00328901" not in page
+    assert load_config(str(tmp_path / "best.yaml")).optim.lr == 0.0032890123456789
+    assert "Only 3 trials have finished" in page
+    assert "trials have finished" not in finish([3e-4] * 7)
