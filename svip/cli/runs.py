@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -46,22 +47,33 @@ def compare(
     comparison = steps.compare(runs or [], experiment, query, protocol, sort, str(out))
     for warning in comparison.warnings:
         console.print(f"[bold red]warning:[/] {escape(warning)}")
-    for header, rows in [runs_table(comparison)] + ([groups_table(comparison)] if comparison.groups else []):
-        table = _table(header, rows, header)
-        if console.measure(table).maximum > console.width:
-            table = _table(header, rows, ("H", "H - first"))
-        console.print(table)
+    names = [line.entry.name for line in comparison.lines]
+    _print_widest(*runs_table(comparison), names)
+    if comparison.groups:
+        _print_widest(*groups_table(comparison))
     for text in [*describe(comparison), *comparison.notes]:
         console.print(escape(text), highlight=False)
     print(f"written to {out}: comparison.csv, comparison.html, comparison.md")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], with_interval: Sequence[str]) -> Table:
-    """The table for a terminal: intervals below their number, and in a narrow one in some columns only."""
+def _print_widest(header: Sequence[str], rows: Sequence[Sequence[str]], names: Sequence[str] = ()) -> None:
+    """The table with as much as there is room for: all intervals before some, and those before the runs' names."""
+    tables = [_table(header, rows, shown, below) for shown in (header, ("H", "H - first")) for below in (names, ())]
+    boundless = console.options.update(width=10_000)  # a table's own width is cut to that
+    fitting = (table for table in tables if console.measure(table, options=boundless).maximum <= console.width)
+    console.print(next(fitting, tables[-1]))
+
+
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], with_interval: Sequence[str], names: Sequence[str]
+) -> Table:
+    """The table for a terminal: the name of a run below its id, and intervals below their number."""
     words = header.index("T1")
     table = numbers_table(header[:words], header[words:])
-    for row in rows:
+    for row, name in zip_longest(rows, names):
         cells = [escape(cell) for cell in row[:words]]
+        if name:
+            cells[0] += f"\n[dim]{escape(name)}[/]"
         for name, cell in zip(header[words:], row[words:], strict=True):
             number, _, interval = cell.partition(" [")
             cells.append(f"{number}\n[dim]\\[{interval}[/]" if interval and name in with_interval else number)

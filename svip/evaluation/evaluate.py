@@ -93,6 +93,10 @@ def load_tested(checkpoint: Path, bundle: Bundle, overrides: Sequence[str] = ())
     """``load_model``, on the device that it computes on; CheckpointError where it can't be tested on this bundle."""
     model, config, info = load_model(checkpoint, overrides=overrides)
     check_bundle(checkpoint, config, info, bundle)
+    if info["bundle_sha256"] is None:
+        log.warning(
+            "%s is imported: whether it was trained on images that %s tests is unknown", checkpoint, bundle.path
+        )
     return model.to(choose_device(config.train.device)), config, info
 
 
@@ -106,9 +110,6 @@ def check_bundle(checkpoint: Path, config: Config, info: Mapping[str, Any], bund
         found = f"{bundle.info['dataset']}, {bundle.info['split']} split, {len(bundle.attribute_names)} attributes"
         if found != expected:
             raise CheckpointError(f"{checkpoint} is for {expected}, and {bundle.path} is {found}: test it on such data")
-        log.warning(
-            "%s is imported: whether it was trained on images that %s tests is unknown", checkpoint, bundle.path
-        )
     elif info["bundle_sha256"] != bundle.sha256:
         raise CheckpointError(
             f"{checkpoint} was trained on bundle {info['bundle_sha256'][:12]}, and {bundle.path} is "

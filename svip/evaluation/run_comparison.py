@@ -107,6 +107,8 @@ def compare(entries: Sequence[Entry], protocol: str, sort: str = "H") -> Compari
     groups, notes = _groups(entries, differing)
     common = {FACTS[key]: _brief(key, first.facts.get(key, "")) for key in FACTS if key not in facts}
     common = {name: value for name, value in common.items() if value != "-"}
+    if "preset" in common and (changed := _changed_in_all(entries)):
+        common["preset"] += f" with {changed}"
     return Comparison(protocol, lines, groups, common, _warnings(entries, protocol), notes)
 
 
@@ -280,6 +282,13 @@ def _csv(comparison: Comparison) -> pd.DataFrame:
         varying = [k for k in sorted(keys) if len({other.entry.settings.get(k) for other in comparison.lines}) > 1]
         records.append(record | {key: entry.settings.get(key) for key in varying})
     return pd.DataFrame(records)
+
+
+def _changed_in_all(entries: Sequence[Entry]) -> str:
+    """``epochs=2 lr=1e-5``: what all runs have otherwise than their preset (the seed stands elsewhere)."""
+    every = [entry.facts.get("changes", "").split(", ") for entry in entries]
+    shared = [change.partition("=") for change in every[0] if change and all(change in one for one in every)]
+    return " ".join(f"{short_key(key)}={short_value(value)}" for key, _, value in shared if key != "train.seed")
 
 
 def _data(entry: Entry) -> str:

@@ -28,7 +28,7 @@ from svip.semantics.vectors import read_vectors
 from svip.steps.provenance import lineage_tags, record_lineage, used_data
 from svip.steps.runs import MADE_OF, experiment_of, made_of, made_of_checkpoint, named
 from svip.training import distributed
-from svip.training.checkpoint import read_config, save_model, write_classes, write_json
+from svip.training.checkpoint import read_config, read_info, save_model, write_classes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def import_checkpoint(
     data = open_bundle(bundle) if bundle else None
     if data:
         check_bundle(Path(file), config, info, data)
+        log.warning("whether %s was trained on images that %s tests is unknown", file, bundle)
         info["bundle_sha256"] = data.sha256
     left_over = load_published(model, Path(file))
     with Path(file).open("rb") as content:
@@ -88,6 +89,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     data = open_bundle(bundle)
     config = read_config(Path(checkpoint), overrides)
+    check_bundle(Path(checkpoint), config, read_info(Path(checkpoint)), data)  # before there is a run to fail
     trained_by = Path(checkpoint) / "run_id"
     train_run_id = trained_by.read_text().strip() if trained_by.exists() else ""
     made = made_of_checkpoint(Path(checkpoint), config, read_config(Path(checkpoint)))

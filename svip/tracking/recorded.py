@@ -99,6 +99,7 @@ LINEAGE = (
     "code_diff_sha256",
     "image_digest",
     "preset",
+    "changes",
     "variant",
     "seed",
     "protocol",

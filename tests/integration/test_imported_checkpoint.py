@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from small_training import ATTRIBUTES, TINY, write_bundle
 
-from svip import steps
+from svip import steps, tracking
 from svip.config import load_config
 from svip.data.bundle import Bundle
 from svip.evaluation.evaluate import check_bundle
@@ -77,7 +78,7 @@ def test_a_bundle_of_another_kind_is_refused(tmp_path: Path, bundle: Bundle, run
 
 
 def test_one_imported_with_a_bundle_is_tested_on_that_one_only(
-    tmp_path: Path, bundle: Bundle, run: Callable[..., object], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, bundle: Bundle, run: Callable[..., object], caplog: pytest.LogCaptureFixture, store: str
 ) -> None:
     run(tmp_path / "run", bundle=str(bundle.path))
     caplog.clear()
@@ -85,5 +86,9 @@ def test_one_imported_with_a_bundle_is_tested_on_that_one_only(
     steps.evaluate(str(tmp_path / "run"), str(bundle.path), str(tmp_path / "test"))
     assert "imported" not in caplog.text
     other = write_bundle(tmp_path / "other", IMAGE_ROLES, other_tests=True)
+    parent = tracking.open_run("refused", "svip/synthetic", {})
     with pytest.raises(CheckpointError, match="test it on the bundle"):
-        steps.evaluate(str(tmp_path / "run"), str(other.path), str(tmp_path / "test"))
+        steps.evaluate(str(tmp_path / "run"), str(other.path), str(tmp_path / "test"), parent)
+    client = MlflowClient(store)
+    experiments = [client.get_run(parent).info.experiment_id]
+    assert client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent}'") == [], "not even a failed run"

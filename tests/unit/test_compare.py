@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from svip import steps
@@ -102,6 +103,13 @@ def test_only_what_differs_is_a_column_and_the_rest_a_sentence() -> None:
     )
     assert result.common == {"variant": "svip", "preset": "smoke", "seed": "0", "code": "cccccccc", "data": "dddddddd"}
     assert (result.groups, result.warnings, result.notes) == ([], [], [])
+
+
+def test_what_all_runs_change_of_their_preset_stands_beside_it() -> None:
+    changes = "model.backbone_args.depth=2, optim.epochs=2, train.seed=1"
+    runs = [entry("a" * 32, 50.0, changes=changes), entry("b" * 32, 60.0, changes=f"{changes}, optim.lr=0.001")]
+    assert compare(runs, "validation").common["preset"] == "smoke with depth=2 epochs=2"
+    assert compare([*runs, entry("c" * 32, 60.0)], "validation").common["preset"] == "smoke"
 
 
 def test_seeds_of_one_configuration_become_mean_and_deviation() -> None:
@@ -235,3 +243,17 @@ def test_the_command_prints_the_table_and_names_the_files(experiment: tuple[str,
         assert text in done.output
     with pytest.raises(CompareError, match="name runs to compare"):
         CliRunner().invoke(app, ["compare"], catch_exceptions=False)
+
+
+def test_a_wide_terminal_shows_all_intervals_and_names_a_narrow_one_cuts_no_number(
+    experiment: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["compare", *experiment[1][:2], "--out", str(tmp_path)]
+
+    def shown(width: int) -> str:
+        monkeypatch.setattr("svip.cli.runs.console", Console(width=width))
+        return CliRunner().invoke(app, arguments).output
+
+    wide, narrow = shown(160), shown(80)
+    assert "evaluate-svip" in wide and wide.count(" [") > narrow.count(" [") == 3, "H twice and one difference"
+    assert "…" not in narrow and experiment[1][0][:8] in narrow
