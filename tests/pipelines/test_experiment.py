@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from kfp.compiler import Compiler
 from mlflow import MlflowClient
+from safetensors.numpy import save_file
 from tiny_model import TINY
 
 from components import IMAGE
@@ -204,12 +206,13 @@ def test_a_small_run_leaves_a_report_numbers_a_checkpoint_and_closed_runs(odd_fo
 
 @pytest.mark.slow
 def test_a_failing_step_is_named_and_its_runs_are_marked_failed(odd_folder: Path) -> None:
-    arguments = ["pipeline", "run", "experiment", "--out", "out", *TINY, "model.weights=missing.safetensors"]
+    save_file({"of.another.model": np.zeros(1, np.float32)}, odd_folder / "others.safetensors")
+    arguments = ["pipeline", "run", "experiment", "--out", "out", *TINY, "model.weights=others.safetensors"]
     done = svip(arguments, odd_folder)
     assert done.returncode == 1
     said = done.stdout + done.stderr
     assert "step 'train' failed" in said
-    assert "missing.safetensors" in said.split("step 'train' failed")[1]
+    assert "others.safetensors" in said.split("step 'train' failed")[1]
     assert not (odd_folder / "out" / "report.html").exists()
     client = MlflowClient(f"sqlite:///{odd_folder}/mlflow.db")
     experiment = client.get_experiment_by_name("svip/synthetic")
