@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from svip import sweep
+from svip.nearest import did_you_mean
 from svip.tuning.space import find_space
 
 DATA = {"bundle": "prepare-data/bundle", "vectors": "embed-attributes/vectors"}
@@ -55,8 +55,7 @@ def find_pipeline(name: str, parameters: Mapping[str, Any] | None = None) -> Any
     unknown variant, SpaceError for an unknown search space.
     """
     if name not in PIPELINES:
-        close = difflib.get_close_matches(name, PIPELINES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(name, PIPELINES)
         raise PipelineError(f"unknown pipeline {name!r}; {hint}there are: {', '.join(PIPELINES)}")
     pipeline, given = getattr(importlib.import_module(f"pipelines.{name}"), name), parameters or {}
     strange = sorted(set(given) - set(pipeline.component_spec.inputs))

@@ -18,6 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from svip.nearest import did_you_mean
+
 
 class ConfigError(ValueError):
     """A configuration that can't run; the message names the field, what was expected and what to do."""
@@ -404,8 +406,7 @@ def _preset_path(preset: str) -> Path:
             raise ConfigError(f"preset file {preset} does not exist")
         return Path(preset)
     if preset not in presets():
-        close = difflib.get_close_matches(preset, presets(), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(preset, presets(), cutoff=0.5)
         raise ConfigError(f"unknown preset {preset!r}; {hint}there are: {', '.join(presets())}, or a path to a .yaml")
     return Path(str(resources.files("svip") / "presets" / f"{preset}.yaml"))
 

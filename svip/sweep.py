@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import logging
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from svip.config import Config, get_value, load_config
+from svip.nearest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,6 @@ def _chosen(file: str, names: Sequence[str], what: str) -> dict[str, Any]:
     assert isinstance(table, dict)
     for name in names:
         if name != "all" and name not in table:
-            close = difflib.get_close_matches(name, map(str, table), n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(name, map(str, table))
             raise SweepError(f"unknown {what} {name!r}; {hint}there are: all, {', '.join(map(str, table))}")
     return {str(name): row for name, row in table.items() if "all" in names or name in names}

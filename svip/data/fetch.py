@@ -8,7 +8,6 @@ where ``catalog`` looks for it. A mirror is a flat folder (on S3, on a web serve
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from svip.data.errors import DataError
 from svip.data.pieces import PIECE, piece_digests, write_json
 from svip.data.sources import CHUNK, Interrupted, is_remote, shown
 from svip.data.transfer import FOUND, Expected, Record, download, locked, need_room, open_source, read_bytes
+from svip.nearest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +137,7 @@ def _say_found(there: Presence, root: Path) -> None:
 def archives_of(name: str) -> list[Archive]:
     """The archives of a data set or of word vectors, "all" for those of all data sets; DataError for another name."""
     if name != "all" and name not in PACKAGES:
-        close = difflib.get_close_matches(name, PACKAGES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(name, PACKAGES)
         raise DataError(f"nothing to fetch is called {name!r}; {hint}there are: {', '.join(PACKAGES)}, all")
     packages = CATALOG.values() if name == "all" else [PACKAGES[name]]
     return list(dict.fromkeys(archive for package in packages for archive in package.archives))

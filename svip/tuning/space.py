@@ -7,7 +7,6 @@ loss.lambda1: {low: 0.1, high: 5, when: {model.contextualize: [unselected]}}
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import OmegaConf
 
 from svip.config import Config, ConfigError, get_value, load_config
+from svip.nearest import did_you_mean
 from svip.sweep import group_count
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def find_space(name: str, preset: str) -> Path:
             raise SpaceError(f"search space {name} does not exist")
         return Path(name)
     if name not in shipped_spaces():
-        close = difflib.get_close_matches(name, shipped_spaces(), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(name, shipped_spaces())
         raise SpaceError(
             f"unknown search space {name!r}; {hint}there are: {', '.join(shipped_spaces())}, or a path to a .yaml"
         )
@@ -160,8 +159,7 @@ def _parameter(key: str, row: Any, earlier: Sequence[Parameter], groups: int, so
         raise SpaceError(f"{where}: expected {{low: .., high: ..}} or {{choices: [..]}}, found {row!r}")
     for option in row:
         if option not in OPTIONS:
-            close = difflib.get_close_matches(str(option), OPTIONS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(str(option), OPTIONS)
             raise SpaceError(f"{where}: unknown {option!r}; {hint}there are: {', '.join(OPTIONS)}")
     when = _condition(where, row.get("when", {}), earlier)
     if "choices" in row:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("svip", "components", "pipelines")
 LAYERS = (
-    {"svip", "svip.config", "svip.changes"},
+    {"svip", "svip.config", "svip.changes", "svip.nearest"},
     {"svip.data", "svip.semantics", "svip.models", "svip.losses", "svip.tracking"},
     {"svip.training", "svip.evaluation", "svip.sweep", "svip.trainjob"},
     {"svip.steps", "svip.predict", "svip.tuning", "svip.benchmark", "svip.mlflow_model", "svip.doctor"},
